@@ -1,0 +1,11 @@
+# Each target sets up .venv by itself. `make check` is what must pass before a merge.
+SHELL := bash
+PYTHON := set -e; source scripts/setup.sh; setup dev; .venv/bin/python
+.PHONY: test check slow demo bench model
+
+check: ; scripts/test
+test:  ; scripts/test -n 2 --dist loadfile
+slow:  ; scripts/test -m slow
+demo:  ; scripts/demo
+bench: ; $(PYTHON) -c ''; for bench in scripts/bench_*.py; do .venv/bin/python "$$bench"; done
+model: ; $(PYTHON) scripts/build_demo_model.py

@@ -1,0 +1,50 @@
+"""`mlx-lora check` from names: load, attach, judge."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_lora import config, models
+from mlx_lora.adapter.inits import inits
+from mlx_lora.check.gate import Report, check
+from mlx_lora.errors import ConfigError
+
+
+def check_named(
+    name: str,
+    *,
+    adapter: Path | None,
+    init: str,
+    option: Sequence[str],
+    lora: Mapping[str, Any],
+    expect: str | None,
+    prompts: Path | None,
+    bits: int | None,
+    seed: int,
+) -> Report:
+    """Check a model, or everything an experiment file names. Names are judged before loading."""
+    quantize = {"bits": bits, "group_size": 64, "mode": "affine"} if bits else None
+    given = config.parse_options(list(option))
+    if name.endswith((".yaml", ".yml")):
+        if given or adapter or bits:
+            raise ConfigError(
+                "with an experiment file everything comes from it",
+                f"Drop -o, --adapter and --bits, or edit {name}.",
+            )
+        e = config.load(config.find(name), [])
+        name, init, given, seed = e.model, e.init.name, dict(e.init.options), e.seed
+        quantize = e.quantize.model_dump() if e.quantize else None
+        l = e.lora_parameters
+        lora = {"rank": l.rank, "scale": l.effective_scale, "keys": l.keys, "num_layers": e.num_layers}
+    inits.bind(init, given)
+    loaded = models.load(name, quantize=quantize)
+    return check(
+        loaded,
+        adapter=adapter,
+        init=init,
+        init_options=given,
+        lora=lora,
+        expect=expect,
+        prompts=prompts,
+        seed=seed,
+    )

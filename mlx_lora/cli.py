@@ -1,0 +1,262 @@
+"""The command line: parse, one call, print. Everything heavy is imported inside a command.
+
+Exit codes: 0 pass or warn, 1 failed on its merits, 2 bad input, 130 Ctrl-C. With --json, stdout is
+exactly one JSON document.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mlx_lora import __version__
+from mlx_lora.errors import UserError
+
+app = typer.Typer(
+    name="mlx-lora",
+    help="Attach LoRA harmlessly, check for corruption, train with RL, see what the adapter learned.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Options = Annotated[
+    list[str] | None, typer.Option("-o", "--option", help="An option as key=value; repeatable.")
+]
+AdapterFolder = Annotated[Path | None, typer.Option(help="Adapter folder.")]
+Model = Annotated[str, typer.Argument(help="A model folder, a hub id, or `demo`.")]
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mlx-lora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Run folder to make.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of adapter, rollouts and problems.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """The main job on the embedded model: quantize, attach, check, GRPO on Countdown, eval, report."""
+    from mlx_lora import config
+
+    run_experiment(config.load(config.find("demo"), [f"seed={seed}"]), out, as_json)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="A model, or an experiment file (.yaml).")],
+    adapter: AdapterFolder = None,
+    init: Annotated[str, typer.Option(help="How a fresh adapter starts.")] = "zero",
+    option: Options = None,
+    rank: Annotated[int, typer.Option(help="Rank of a fresh adapter.")] = 8,
+    scale: Annotated[float, typer.Option(help="Scale of a fresh adapter, alpha / rank.")] = 2.0,
+    keys: Annotated[str | None, typer.Option(help="Layers, comma-separated.")] = None,
+    expect: Annotated[str | None, typer.Option(help="same, healthy or changed.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL or text file of probes.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Quantize an unquantized model.")] = None,
+    seed: int = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Corruption check: base against attached model. Exit code 1 when it fails."""
+    from mlx_lora.check.run import check_named
+
+    report = check_named(
+        model,
+        adapter=adapter,
+        init=init,
+        option=option or [],
+        lora={"rank": rank, "scale": scale, "keys": keys.split(",") if keys else None},
+        expect=expect,
+        prompts=prompts,
+        bits=bits,
+        seed=seed,
+    )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        from mlx_lora.check.show import print_report
+
+        print_report(report)
+    raise typer.Exit(1 if report.verdict == "fail" else 0)
+
+
+@app.command()
+def train(
+    config_file: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML experiment.")],
+    option: Options = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run folder to make.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run an experiment from a YAML file. -o sets dotted keys: -o learning_rate=1e-5."""
+    from mlx_lora import config
+
+    run_experiment(config.load(config.find(config_file), option or []), run_dir, as_json)
+
+
+def run_experiment(experiment: Any, run_dir: Path | None, as_json: bool) -> None:
+    """Train, print the summary; exit code 1 when the check fails or the run diverges."""
+    from mlx_lora import experiment as experiments
+    from mlx_lora.check.show import print_report
+    from mlx_lora.progress import console
+    from mlx_lora.rl.grpo import Diverged
+
+    try:
+        summary = experiments.run(experiment, run_dir, console())
+    except experiments.CheckFailed as failed:
+        if as_json:
+            print_json({"error": {"type": "CheckFailed", "message": str(failed), "hint": ""}}
+                       | {"check": failed.report.to_json()})
+        else:
+            print_report(failed.report)
+        raise typer.Exit(1) from None
+    except Diverged as stopped:
+        if as_json:
+            print_json({"error": {"type": "Diverged", "message": str(stopped), "hint": ""}})
+        typer.echo(f"Stopped: {stopped}", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        print_json(summary)
+    else:
+        from mlx_lora.show import print_summary
+
+        print_summary(summary)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Option(help="Task name, see `ls tasks`.")],
+    adapter: AdapterFolder = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Held-out problems.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Completion length limit.")] = 256,
+    option: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy on held-out problems with its 95 % interval, greedy and sampled."""
+    from mlx_lora import config, models
+    from mlx_lora.adapter import files
+    from mlx_lora.rl.evaluate import evaluate as measure
+    from mlx_lora.tasks import load_task
+
+    job = load_task(task, config.parse_options(option or []))
+    loaded = models.load(model)
+    if adapter:
+        files.load(loaded.model, adapter)
+    result = {"task": task} | measure(loaded, job, n=n, max_tokens=max_tokens)
+    if as_json:
+        print_json(result)
+    else:
+        from mlx_lora.show import print_evaluation
+
+        print_evaluation(result)
+
+
+@app.command()
+def spectrum(
+    adapter: Annotated[Path, typer.Argument(help="Adapter or run folder.")],
+    model: Annotated[str | None, typer.Option(help="Its base, for dominance.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write JSON and pictures.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What the adapter is: effective rank, conditioning, dominance over the base, alerts."""
+    from mlx_lora.spectral.report import LoRAAnalyzer, table, to_json, write
+
+    report = LoRAAnalyzer(adapter, model).analyze()
+    if out:
+        write(report, out)
+    if as_json:
+        print_json(to_json(report))
+    else:
+        from rich.console import Console
+
+        Console().print(table(report))
+
+
+KINDS = ("inits", "schedules", "tasks", "losses", "advantages", "metrics", "alerts", "gates")
+
+
+@app.command("ls")
+def list_tables(
+    kind: Annotated[str | None, typer.Argument(help=" | ".join(KINDS))] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What there is: inits, schedules, tasks, losses, metrics, alerts; one line each."""
+    from mlx_lora.listing import listing
+    from mlx_lora.show import print_listing
+
+    found = listing(KINDS, kind)
+    if as_json:
+        print_json(found)
+    else:
+        print_listing(found)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Is this machine sound: versions, device, memory, BLAS, batched row equals single row."""
+    from mlx_lora.doctor import examine
+    from mlx_lora.show import print_doctor
+
+    findings = examine()
+    if as_json:
+        print_json(findings)
+    else:
+        print_doctor(findings)
+    raise typer.Exit(0 if findings["sound"] else 1)
+
+
+def print_json(document: Any) -> None:
+    """One document on stdout; non-finite numbers must have become null before this."""
+    typer.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def main() -> None:
+    """Run the command; turn a UserError into one readable message and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        refuse_platform()
+        app()
+    except UserError as error:
+        report_error(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def refuse_platform() -> None:
+    from mlx_lora.platform import problem
+
+    if error := problem():
+        raise error
+
+
+def report_error(error: UserError) -> None:
+    if "--json" in sys.argv:
+        about = {"type": error.kind, "message": str(error), "hint": error.hint}
+        print_json({"error": about})
+        return
+    typer.echo(f"Error: {error}", err=True)
+    if error.hint:
+        typer.echo(f"  {error.hint}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Keys that are fine one by one and do not go together: refused, or said before the run."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mlx_lora.schema import INSTEAD, QUANTIZATION, Experiment
+from mlx_lora.yamlfile import Path
+
+ABOUT = {
+    "alpha": "scale = alpha / rank, or alpha / sqrt(rank) with rslora",
+    "sigma": "Both are the size of a perturbation",
+    "epochs": "Both are the length of the run",
+}
+
+
+def conflicts(raw: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    """(path, problem) for keys that contradict each other.
+
+    Looks at unchecked values, so that these are listed together with wrong keys and types.
+    """
+    top = given(raw)
+    blocks: dict[str, dict[str, Any]] = {
+        name: given(raw.get(name)) for name in ("lora_parameters", "rollout", "quantize", "es")
+    }
+    for path, block in [((), top), *(((name,), block) for name, block in blocks.items())]:
+        for new, old in INSTEAD.items():
+            if new in block and old in block:
+                yield (*path, new), f"stands in place of {old}: give one of them. {ABOUT[new]}."
+    lora, method = blocks["lora_parameters"], top.get("method", "sft")
+    if lora.get("rslora") is True and "alpha" not in lora:
+        yield ("lora_parameters", "rslora"), "divides alpha, not scale, by sqrt(rank): give alpha"
+    if method in ("grpo", "es"):
+        yield from rl_conflicts(method, top, blocks)
+    if top.get("train") is False and top.get("test") is not True:
+        yield ("train",), "train and test are both false: nothing to do"
+    if top.get("fine_tune_type") == "full":
+        unfit = [k for k in ("scale_schedule", "quantize") if k in top]
+        unfit += ["method"] if method in ("grpo", "es") else []
+        unfit += ["init"] if top.get("init", "zero") != "zero" else []
+        for key in unfit:
+            yield (key,), "does not go with fine_tune_type: full, which trains no adapter"
+    yield from quantize_conflicts(blocks["quantize"])
+
+
+def rl_conflicts(
+    method: str, top: Mapping[str, Any], blocks: Mapping[str, Any]
+) -> Iterator[tuple[Path, str]]:
+    if "task" not in top:
+        yield ("method",), f"{method} needs a task, like `task: countdown` (`mlx-lora ls tasks`)"
+    if "epochs" in top:
+        yield ("epochs",), f"{method} draws problems without end: give iters"
+    if method == "grpo" and blocks["rollout"].get("temperature") == 0:
+        yield ("rollout", "temperature"), "at 0 all rollouts of a group are equal: nothing to learn"
+    population = blocks["es"].get("population")
+    paired = blocks["es"].get("antithetic") is not False
+    if method == "es" and paired and isinstance(population, int) and population % 2:
+        yield ("es", "population"), "should be even: members come in pairs (or antithetic: false)"
+
+
+def quantize_conflicts(quantize: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    mode = quantize.get("mode", "affine")
+    if mode == "affine":
+        if quantize.get("group_size") == 16:
+            yield ("quantize", "group_size"), "should be 32, 64 or 128 with mode affine"
+    elif isinstance(mode, str) and mode in QUANTIZATION:
+        for key, only in zip(("bits", "group_size"), QUANTIZATION[mode], strict=True):
+            if quantize.get(key, only) != only:
+                yield ("quantize", key), f"should be {only} with mode {mode}"
+
+
+def given(block: Any) -> dict[str, Any]:
+    """What a block says, nulls aside."""
+    return {k: v for k, v in block.items() if v is not None} if isinstance(block, dict) else {}
+
+
+def notices(experiment: Experiment) -> list[str]:
+    """Sentences to print before a run: what was asked for and will not happen as written."""
+    found = []
+    for loop in experiment.loops:
+        dropout, schedule = loop.lora_parameters.dropout, loop.lr_schedule
+        if dropout != loop.dropout:
+            found.append(
+                f"LoRA dropout {dropout:g} is set to 0: {loop.method} learns from its own rollouts"
+            )
+        if (
+            schedule
+            and schedule.arguments[0] != loop.learning_rate
+            and "learning_rate" in loop.model_fields_set
+        ):
+            found.append(
+                f"learning_rate {loop.learning_rate:g} is not used: lr_schedule starts at "
+                f"{schedule.arguments[0]:g}"
+            )
+        if loop.config is not None:
+            found.append("config: means nothing inside an experiment file")
+    methods = {loop.method for loop in experiment.loops}
+    for name, block in (("grpo", experiment.grpo), ("es", experiment.es)):
+        if name not in methods and block != type(block)():
+            found.append(f"{name}: is not used by method {' or '.join(sorted(methods))}")
+    return list(dict.fromkeys(found))

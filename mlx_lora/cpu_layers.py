@@ -1,0 +1,140 @@
+"""Layers of the CPU fast path (see cpu.py). Each is its mlx-lm or MLX parent with another product.
+
+Only float32 goes the fast way; other dtypes fall back to the parent's own code.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.tuner.lora import LoRALinear
+
+
+def view(x: mx.array) -> np.ndarray:
+    """The array's memory as NumPy sees it. Evaluates; copies nothing when x is row-contiguous."""
+    return np.array(x, copy=False)
+
+
+def rows(x: np.ndarray) -> np.ndarray:
+    """[..., I] as one matrix [N, I]: a single large product instead of many small ones."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def dense(layer: Any) -> mx.array:
+    """The float32 weight [O, I] of a frozen layer, dequantized once and kept outside its parameters."""
+    if "_dense" not in layer.__dict__:
+        weight = layer.weight
+        if "scales" in layer:
+            weight = mx.dequantize(
+                weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode
+            )
+        mx.eval(weight)
+        layer.__dict__["_dense"] = weight
+    return layer.__dict__["_dense"]
+
+
+def numpy_matmul(x: mx.array, weight_OI: np.ndarray) -> mx.array:
+    """x @ weight.T in NumPy, differentiable in x."""
+
+    @mx.custom_function
+    def product(x):
+        return mx.array((rows(view(x)) @ weight_OI.T).reshape(*x.shape[:-1], -1))
+
+    @product.vjp
+    def product_vjp(primals, cotangent, output):
+        return mx.array((rows(view(cotangent)) @ weight_OI).reshape(primals.shape))
+
+    return product(x)
+
+
+def numpy_lora(x: mx.array, a_IR: mx.array, b_RO: mx.array, weight_OI: np.ndarray, scale: float):
+    """x @ weight.T + scale · (x @ a) @ b in NumPy, differentiable in x, a and b."""
+    kept: dict[str, np.ndarray] = {}
+
+    @mx.custom_function
+    def product(x, a, b):
+        x_NI = rows(view(x))
+        kept["z"] = x_NI @ view(a)
+        y_NO = x_NI @ weight_OI.T
+        update_NO = kept["z"] @ view(b)
+        update_NO *= scale
+        y_NO += update_NO
+        return mx.array(y_NO.reshape(*x.shape[:-1], -1))
+
+    @product.vjp
+    def product_vjp(primals, cotangent, output):
+        x, a, b = primals
+        g_NO = rows(view(cotangent))
+        g_NR = g_NO @ view(b).T
+        g_NR *= scale
+        x_bar = g_NO @ weight_OI
+        x_bar += g_NR @ view(a).T
+        a_bar = rows(view(x)).T @ g_NR
+        b_bar = kept["z"].T @ g_NO
+        b_bar *= scale
+        return mx.array(x_bar.reshape(x.shape)), mx.array(a_bar), mx.array(b_bar)
+
+    return product(x, a_IR, b_RO)
+
+
+def with_bias(layer: nn.Module, y: mx.array) -> mx.array:
+    return y + layer.bias if "bias" in layer else y
+
+
+class OpenBlasQuantizedLinear(nn.QuantizedLinear):
+    def __call__(self, x):
+        if x.dtype != mx.float32:
+            return super().__call__(x)
+        return with_bias(self, x @ dense(self).T)
+
+
+class OpenBlasQuantizedEmbedding(nn.QuantizedEmbedding):
+    def as_linear(self, x):
+        return x @ dense(self).T if x.dtype == mx.float32 else super().as_linear(x)
+
+
+class NumpyLinear(nn.Linear):
+    def __call__(self, x):
+        if x.dtype != mx.float32 or self.weight.dtype != mx.float32 or self.trainable_parameters():
+            return super().__call__(x)
+        return with_bias(self, numpy_matmul(x, view(self.weight)))
+
+
+class NumpyQuantizedLinear(nn.QuantizedLinear):
+    def __call__(self, x):
+        if x.dtype != mx.float32:
+            return super().__call__(x)
+        return with_bias(self, numpy_matmul(x, view(dense(self))))
+
+
+class NumpyQuantizedEmbedding(nn.QuantizedEmbedding):
+    def as_linear(self, x):
+        if x.dtype != mx.float32:
+            return super().as_linear(x)
+        return numpy_matmul(x, view(dense(self)))
+
+
+class NumpyLoRALinear(LoRALinear):
+    def __call__(self, x):
+        dropping = self.dropout.training and self.dropout._p_1 < 1
+        frozen = isinstance(self.linear, (NumpyLinear, NumpyQuantizedLinear))
+        if x.dtype != mx.float32 or dropping or not frozen:
+            return super().__call__(x)
+        scale = self.scale.item() if isinstance(self.scale, mx.array) else self.scale
+        y = numpy_lora(x, self.lora_a, self.lora_b, view(dense(self.linear)), scale)
+        return with_bias(self.linear, y)
+
+
+TWINS: dict[str, dict[type, type]] = {
+    "openblas": {
+        nn.QuantizedLinear: OpenBlasQuantizedLinear,
+        nn.QuantizedEmbedding: OpenBlasQuantizedEmbedding,
+    },
+    "numpy": {
+        nn.Linear: NumpyLinear,
+        nn.QuantizedLinear: NumpyQuantizedLinear,
+        nn.QuantizedEmbedding: NumpyQuantizedEmbedding,
+        LoRALinear: NumpyLoRALinear,
+    },
+}

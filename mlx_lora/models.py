@@ -1,0 +1,212 @@
+"""Load, quantize, tokenize, run: the one file that names mlx-lm's loading functions."""
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora import cpu
+from mlx_lora.errors import ModelError
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent / "assets" / "demo_model"
+DEMO_QUANTIZATION = {"bits": 4, "group_size": 64, "mode": "affine"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run, and what is needed to say what it is."""
+
+    model: nn.Module
+    tokenizer: Any  # mlx-lm's TokenizerWrapper
+    config: dict[str, Any]  # with the quantization in force
+    name: str  # as the user wrote it
+    folder: Path
+    quantized_here: bool  # True: save the base beside the adapter, no other copy of it exists
+
+
+def resolve(name: str) -> Path:
+    """The folder of `demo`, of a local path, or of a hub id (downloaded on first use)."""
+    if name == DEMO:
+        return DEMO_FOLDER
+    if (local := Path(name).expanduser()).exists():
+        if not (local / "config.json").is_file():
+            raise ModelError(
+                f"{name} is no model folder: it has no config.json",
+                "Give a folder with config.json, *.safetensors and a tokenizer, a hub id, or `demo`.",
+            )
+        return local
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        raise ModelError(
+            f"there is no model at {name}", "Give a model folder, a hub id (owner/name), or `demo`."
+        )
+    from mlx_lm.utils import _download
+
+    try:
+        with quiet():
+            return Path(_download(name))
+    except Exception as error:
+        raise ModelError(
+            f"{name} is neither a local folder nor could it be fetched: {error}",
+            "Check the name and the network, or download it first and give the folder.",
+        ) from error
+
+
+def load(
+    name: str, *, quantize: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> Loaded:
+    """Load a model, frozen. `quantize` = {bits, group_size, mode} applies to an unquantized one.
+
+    On a CPU everything is computed in float32: low precision there is both slow and wrong (a bf16
+    quantized matmul is off by 3.6 %). Raises ModelError for anything that does not load.
+    """
+    from mlx_lm.utils import load_model, load_tokenizer
+
+    cpu.settle()
+    folder = resolve(name)
+    if name == DEMO and quantize is None:
+        quantize = DEMO_QUANTIZATION
+    try:
+        model, config = load_model(folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:
+        raise ModelError(
+            f"the model in {folder} does not load: {error}",
+            "Are all its files complete? Try `python -m mlx_lm generate --model` on it.",
+        ) from error
+    if cpu.active():
+        model.set_dtype(mx.float32)
+    quantized_here = bool(quantize and quantize.get("bits")) and "quantization" not in config
+    if quantized_here:
+        model, config = quantized(model, config, **quantize)  # type: ignore[arg-type]
+    model.freeze()
+    model.eval()
+    cpu.accelerate(model)
+    mx.eval(model.parameters())
+    return Loaded(model, tokenizer, config, name, folder, quantized_here)
+
+
+def quantized(
+    model: nn.Module, config: dict[str, Any], *, bits: int, group_size: int = 64, mode: str = "affine"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with its weights packed, and the config that says so. Raises when nothing can be."""
+    from mlx_lm.utils import quantize_model
+
+    try:
+        with quiet():
+            model, config = quantize_model(model, config, group_size, bits, mode=mode)
+    except Exception as error:
+        raise ModelError(f"cannot quantize to {bits} bits, groups of {group_size}: {error}") from error
+    if not any("scales" in m for _, m in model.named_modules()):
+        raise ModelError(
+            f"no layer has a width that groups of {group_size} divide, nothing would be quantized",
+            "Use group_size 32 or 64, or leave `quantize` out.",
+        )
+    return model, config
+
+
+def save_base(loaded: Loaded, out: Path) -> None:
+    """Write the quantized base as a folder that stock mlx-lm loads with bitwise equal logits."""
+    from mlx_lm.utils import save_config, save_model
+
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    save_model(part, loaded.model)
+    save_config(dict(loaded.config), part / "config.json")
+    for file in sorted(loaded.folder.iterdir()):
+        keep = file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "chat_template"))
+        if keep or file.name == "generation_config.json":
+            shutil.copy(file, part / file.name)
+    part.rename(out)
+
+
+@contextlib.contextmanager
+def quiet():
+    """mlx-lm prints progress on stdout, which `--json` must keep clean."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of one user turn, with the chat template where the tokenizer has one."""
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+    return list(tokenizer.encode(prompt))
+
+
+def eos_ids(tokenizer: Any) -> frozenset[int]:
+    """Every token id that ends a text."""
+    return frozenset(tokenizer.eos_token_ids)
+
+
+def logits(model: nn.Module, ids_BT: mx.array) -> mx.array:
+    """Logits [B, T, V] in float32 by one full forward, no cache."""
+    return model(ids_BT).astype(mx.float32)
+
+
+def pad_right(rows: Sequence[Sequence[int]], filler: int = 0) -> tuple[mx.array, mx.array]:
+    """Rows of token ids as ids [B, T] and their mask [B, T] (1.0 on real tokens)."""
+    width = max(map(len, rows))
+    ids = mx.array([list(r) + [filler] * (width - len(r)) for r in rows])
+    mask = mx.array([[1.0] * len(r) + [0.0] * (width - len(r)) for r in rows])
+    return ids, mask
+
+
+def identity(loaded: Loaded) -> dict[str, Any]:
+    """What an adapter records about its base."""
+    quantization = loaded.config.get("quantization")
+    return {
+        "model": loaded.name,
+        "model_type": loaded.config.get("model_type"),
+        "quantization": {k: quantization[k] for k in ("bits", "group_size", "mode") if k in quantization}
+        if quantization
+        else None,
+    }
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file as data."""
+    return json.loads(path.read_text())
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model as body and output head, so that only the positions that matter meet the vocabulary."""
+
+    body: Any  # ids [B, T] -> hidden [B, T, D]
+    head: Any  # hidden [..., D] -> logits [..., V]
+
+
+def split_head(model: nn.Module) -> Split | None:
+    """The model's body and head where head(body(x)) is exactly the model, else None.
+
+    Many models scale or cap their logits between the two, so the split is tried on a few tokens and
+    believed only if it agrees. The answer is remembered on the model.
+    """
+    if "_split" not in model.__dict__:
+        model.__dict__["_split"] = _try_split(model)
+    return model.__dict__["_split"]
+
+
+def _try_split(model: nn.Module) -> Split | None:
+    body = getattr(model, "model", None)
+    embedding = getattr(body, "embed_tokens", None)
+    head = getattr(model, "lm_head", None) or getattr(embedding, "as_linear", None)
+    if body is None or head is None:
+        return None
+    probe = mx.array([[1, 2, 3]])
+    try:
+        split, whole = head(body(probe)), model(probe)
+    except Exception:  # any signature we do not know: the full forward is always right
+        return None
+    same = split.shape == whole.shape and mx.array_equal(split, whole).item()
+    return Split(body, head) if same else None

@@ -1,0 +1,154 @@
+"""Group-relative policy optimisation on the quantized model's own rollouts. One screen, no trainer class.
+
+Left out on purpose: a value function, a second model as reference, more than one update per rollout.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+from mlx_lora.config import Experiment
+from mlx_lora.models import Loaded
+from mlx_lora.rl.advantages import advantages, zero_variance
+from mlx_lora.rl.learner import apply, gradients, pack
+from mlx_lora.rl.losses import losses
+from mlx_lora.rl.rollout import rewards, rollout
+from mlx_lora.runlog import Clock
+from mlx_lora.types import Group, Sample, Task
+
+Metrics = dict[str, float]
+BAD_STEPS = 3  # non-finite updates in a row before the run stops
+POOL = 4096  # training problems kept; longer runs reshuffle them every epoch
+
+
+class Diverged(Exception):
+    """The loss or gradient stayed non-finite. The weights are those of the last good step."""
+
+
+def train(
+    loaded: Loaded,
+    task: Task,
+    experiment: Experiment,
+    optimizer: optim.Optimizer,
+    clock: Clock,
+    report: Callable[[int, Metrics, Sequence[Group]], None],
+) -> None:
+    """Run `iters` steps, handing each step's metrics and groups to `report`."""
+    model, e = loaded.model, experiment
+    loss = losses.bind(e.grpo.loss, loss_options(e))
+    advantage = advantages.bind(e.grpo.advantage, {})
+    samples = problems(task, e.iters * e.batch_size, e.seed)
+    bad = 0
+    for step in range(e.iters):
+        optimizer.learning_rate = scheduled(e, step)
+        with clock.measure("rollout", kind="step"):
+            groups = rollout(
+                loaded,
+                task,
+                draw(samples, step, e.batch_size, e.seed),
+                group=e.grpo.group_size,
+                seed=e.seed,
+                step=step,
+                **e.rollout.model_dump(),
+            )
+        rewards_PG = rewards(groups)
+        metrics = describe(groups, rewards_PG)
+        useful_P = ~zero_variance(rewards_PG)
+        if useful_P.any():  # Adam would rescale the noise of a zero gradient into a full step
+            with clock.measure("learn", kind="step"):
+                metrics |= update(
+                    model, groups, advantage(rewards_PG), useful_P, loss, optimizer, e, step
+                )
+            bad = 0 if metrics["update_taken"] else bad + 1
+        report(step, metrics, groups)
+        if bad == BAD_STEPS:
+            raise Diverged(
+                f"{BAD_STEPS} updates in a row had a non-finite gradient, the last at step {step}; "
+                f"the learning rate was {e.learning_rate:g}"
+            )
+
+
+def update(
+    model: nn.Module,
+    groups: Sequence[Group],
+    advantages_PG: np.ndarray,
+    useful_P: np.ndarray,
+    loss: Callable,
+    optimizer: optim.Optimizer,
+    e: Experiment,
+    step: int,
+) -> Metrics:
+    """One optimizer step on the groups that disagree within themselves."""
+    rollouts = [r for g, useful in zip(groups, useful_P, strict=True) if useful for r in g.rollouts]
+    packed = pack(rollouts, advantages_PG[useful_P].reshape(-1))
+    measured, grads = gradients(
+        model,
+        packed,
+        loss,
+        temperature=e.rollout.temperature or 1.0,
+        beta=e.grpo.beta,
+        measure_kl=step % e.monitor.every == 0 or step == e.iters - 1,
+    )
+    norm, taken = apply(model, optimizer, grads, e.grpo.max_grad_norm)
+    return {k: v.item() for k, v in measured.items()} | {
+        "grad_norm": norm,
+        "update_taken": float(taken),
+        "learning_rate": float(optimizer.learning_rate),
+        "tokens_trained": packed.tokens,
+    }
+
+
+def describe(groups: Sequence[Group], rewards_PG: np.ndarray) -> Metrics:
+    """What the rollouts look like, before any learning."""
+    rows = [r for g in groups for r in g.rollouts]
+    lengths = np.array([len(r.ids) for r in rows])
+    reasons = [r.reason for g in groups for r in g.rewards]
+    return {
+        "reward": float(rewards_PG.mean()),
+        "reward_std": float(rewards_PG.std()),
+        "accuracy": float(np.mean([r == "correct" for r in reasons])),
+        "groups_without_signal": float(zero_variance(rewards_PG).mean()),
+        "completion_tokens": float(lengths.mean()),
+        "truncated": float(np.mean([not r.finished for r in rows])),
+        "empty": float(np.mean([not r.text.strip() for r in rows])),
+        "sampled_logp": float(np.mean([np.mean(r.logps) for r in rows])),
+        "tokens_sampled": int(lengths.sum()),
+    }
+
+
+def problems(task: Task, wanted: int, seed: int) -> Sequence[Sample]:
+    return task.load("train", min(wanted, POOL), seed)
+
+
+def draw(samples: Sequence[Sample], step: int, count: int, seed: int) -> list[Sample]:
+    """The problems of one step: a function of (seed, step), every problem once per epoch."""
+    found = []
+    for index in range(step * count, (step + 1) * count):
+        epoch, at = divmod(index, len(samples))
+        found.append(samples[order(len(samples), seed, epoch)[at]])
+    return found
+
+
+@lru_cache(maxsize=2)
+def order(count: int, seed: int, epoch: int) -> list[int]:
+    shuffled = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(shuffled)
+    return shuffled
+
+
+def scheduled(e: Experiment, step: int) -> float:
+    """The learning rate of a step: mlx-lm's schedule where one is given, else linear to zero."""
+    if e.lr_schedule is not None:
+        from mlx_lm.tuner.utils import build_schedule
+
+        return float(build_schedule(dict(e.lr_schedule))(step))
+    return e.learning_rate * (1 - step / e.iters)
+
+
+def loss_options(e: Experiment) -> Mapping[str, Any]:
+    return {"clip_low": e.grpo.clip_low, "clip_high": e.grpo.clip_high}

@@ -1,0 +1,98 @@
+"""What goes wrong in an RL run, named while it happens. A watcher is one function of the history."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mlx_lora.registry import Table
+from mlx_lora.types import Finding
+
+History = Sequence[dict[str, float]]
+watchers: Table[Callable[..., Finding | None]] = Table("alert")
+
+
+def recent(history: History, key: str, window: int) -> float | None:
+    """Mean of a metric over the last steps that logged it; None before there are enough."""
+    values = [h[key] for h in history if key in h]
+    return float(np.mean(values[-window:])) if len(values) >= window else None
+
+
+def best(history: History, key: str, window: int) -> float:
+    """The highest running mean so far."""
+    values = [h[key] for h in history if key in h]
+    means = np.convolve(values, np.ones(window) / window, "valid") if len(values) >= window else [0]
+    return float(np.max(means))
+
+
+@watchers.add
+def reward_collapsed(history: History, *, window: int = 5, share: float = 0.5) -> Finding | None:
+    """The reward fell below half of its best running mean."""
+    now, top = recent(history, "reward", window), best(history, "reward", window)
+    if now is None or top < 0.05 or now >= share * top:
+        return None
+    message = f"the reward's mean over {window} steps fell from {top:.2f} to {now:.2f}"
+    action = "Lower the learning rate, or raise beta; the best adapter was earlier in the run."
+    return Finding("reward_collapsed", "", message, action)
+
+
+@watchers.add
+def empty_answers(history: History, *, window: int = 3, share: float = 0.5) -> Finding | None:
+    """Most completions are empty."""
+    now = recent(history, "empty", window)
+    if now is None or now <= share:
+        return None
+    message = f"{now:.0%} of the completions of the last {window} steps are empty"
+    return Finding("empty_answers", "", message, "Lower the learning rate and start again.")
+
+
+@watchers.add
+def no_signal(history: History, *, window: int = 5, share: float = 0.95) -> Finding | None:
+    """Nearly every group earned one and the same reward, so there is nothing to learn from."""
+    now = recent(history, "groups_without_signal", window)
+    if now is None or now <= share:
+        return None
+    reward = recent(history, "reward", window) or 0.0
+    message = f"{now:.0%} of the groups had no spread in their rewards (mean {reward:.2f})"
+    easier = "The task is solved: stop, or make it harder."
+    harder = "Start from a model that sometimes succeeds (SFT first), or make the task easier."
+    return Finding("no_signal", "", message, easier if reward > 0.5 else harder)
+
+
+@watchers.add
+def entropy_collapsed(history: History, *, window: int = 5, share: float = 0.05) -> Finding | None:
+    """The policy's entropy fell below a twentieth of where it began: it explores no more."""
+    values = [h["entropy"] for h in history if "entropy" in h]
+    now = recent(history, "entropy", window)
+    if now is None or now >= share * values[0]:
+        return None
+    message = f"entropy fell from {values[0]:.3f} to {now:.4f} nats per token"
+    return Finding("entropy_collapsed", "", message, "Stop here, or lower the learning rate.")
+
+
+@watchers.add
+def kl_runaway(history: History, *, limit: float = 2.0) -> Finding | None:
+    """The policy has moved far from its base."""
+    values = [h["kl"] for h in history if "kl" in h]
+    if not values or values[-1] <= limit:
+        return None
+    message = f"KL to the base is {values[-1]:.2f} nats per token, above {limit:g}"
+    return Finding("kl_runaway", "", message, "Raise beta or lower the learning rate.")
+
+
+@watchers.add
+def sampler_mismatch(history: History, *, limit: float = 0.01) -> Finding | None:
+    """Cached decode and full forward disagree about the sampled tokens."""
+    values = [h["mismatch_kl"] for h in history if "mismatch_kl" in h]
+    if not values or values[-1] <= limit:
+        return None
+    message = f"sampler and learner differ by {values[-1]:.3f} nats per token, above {limit:g}"
+    action = "Run `mlx-lora doctor`; with top_p or top_k this much is expected."
+    return Finding("sampler_mismatch", "", message, action)
+
+
+def fresh(history: History, seen: set[str]) -> list[Finding]:
+    """Findings that have not been reported yet in this run."""
+    found = [watchers[name](history) for name in watchers]
+    new = [f for f in found if f is not None and f.name not in seen]
+    seen |= {f.name for f in new}
+    return new

@@ -1,0 +1,81 @@
+"""Results for a person. Each function prints one finished thing; nothing here computes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def out() -> Console:
+    return Console(highlight=False)
+
+
+def interval(result: Mapping[str, Any], key: str) -> str:
+    return f"{result[key]:.1%} ({result[f'{key}_low']:.1%} to {result[f'{key}_high']:.1%})"
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """The end of a run: what was gained, where it lies, how to use it."""
+    console, folder = out(), Path(summary["run_dir"])
+    table = Table(box=box.SIMPLE_HEAD, title=f"{summary['task']}, held-out problems", title_justify="left")
+    for heading in ("", "greedy (95 % interval)", "sampled"):
+        table.add_column(heading)
+    for when in ("before", "after"):
+        sampled = f"{summary[f'accuracy_{when}_sampled']:.1%}"
+        table.add_row(when, interval(summary, f"accuracy_{when}"), sampled)
+    console.print(table)
+    alerts = ", ".join(summary["alerts"]) or "none"
+    console.print(f"Check before training: {summary['check']['verdict']}. Alerts during it: {alerts}.")
+    console.print(f"{summary['seconds']:.0f} s. Everything is in {folder}:")
+    contents = {
+        "adapters/": "the adapter, in mlx-lm's format",
+        "base/": "the quantized base that it belongs to",
+        "metrics.jsonl": "every step",
+        "samples.jsonl": "what the model wrote on the way",
+        "spectrum.json + spectrum_*.png": "what the adapter is",
+        "time_breakdown.png": "where the time went",
+    }
+    for name, text in contents.items():
+        if (folder / name.split()[0]).exists():
+            console.print(f"  {name:32}{text}")
+    base = folder / "base"
+    if base.exists():
+        console.print("Use it with stock mlx-lm:")
+        console.print(
+            f"  mlx_lm generate --model {base} --adapter-path {folder / 'adapters'} "
+            '--prompt "Numbers: 7 23 25. Target: 41."',
+            soft_wrap=True,
+        )
+
+
+def print_evaluation(result: Mapping[str, Any]) -> None:
+    console = out()
+    console.print(f"{result['task']}: {interval(result, 'accuracy')} of {result['n']} held-out problems,")
+    console.print(f"greedy; sampled at temperature 1: {result['accuracy_sampled']:.1%}")
+    table = Table(box=box.SIMPLE, show_header=False)
+    for reason, count in result["reasons"].items():
+        table.add_row(reason, str(count))
+    console.print(table)
+
+
+def print_listing(found: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
+    console = out()
+    for kind, entries in found.items():
+        table = Table(box=box.SIMPLE_HEAD, title=kind, title_justify="left", show_header=False)
+        for entry in entries:
+            table.add_row(entry["name"], entry["about"], entry.get("note", ""))
+        console.print(table)
+
+
+def print_doctor(findings: Mapping[str, Any]) -> None:
+    console = out()
+    table = Table(box=box.SIMPLE, show_header=False)
+    for key, value in findings["environment"].items():
+        table.add_row(key, str(value))
+    console.print(table)
+    for test in findings["tests"]:
+        mark = "[green]ok[/]  " if test["ok"] else "[red]BAD[/] "
+        console.print(f"  {mark}{test['name']}: {test['detail']}")

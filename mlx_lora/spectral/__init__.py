@@ -1,0 +1,1 @@
+"""What an adapter is, seen through its singular values: spectra, alerts, advice, pictures."""

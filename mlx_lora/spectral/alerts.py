@@ -1,0 +1,141 @@
+"""What is wrong with an adapter, in words: one function per finding, its thresholds are options."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from mlx_lora.registry import Table
+from mlx_lora.spectral.metrics import (
+    CRITICAL,
+    DOMINATING,
+    ILL_CONDITIONED,
+    LOW_UTILIZATION,
+    LoRAAdapterMetrics,
+    LoRAReport,
+    rank_for,
+)
+from mlx_lora.types import Finding
+
+alerts: Table[Callable[..., list[Finding]]] = Table("alert")
+
+
+def find(
+    report: LoRAReport, options: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Finding]:
+    """Every finding of every alert. `options` are keyword arguments by alert name."""
+    given = options or {}
+    for name in given:
+        alerts[name]  # raises UnknownNameError with the near names
+    return [f for name in alerts for f in alerts.bind(name, given.get(name, {}))(report)]
+
+
+def trained(report: LoRAReport) -> Iterator[tuple[str, LoRAAdapterMetrics]]:
+    return ((name, m) for name, m in report.adapters.items() if m.status == "trained")
+
+
+def dominances(report: LoRAReport) -> Iterator[tuple[str, float]]:
+    """Scaled dominance of every trained module; nothing without a base."""
+    known = report.structural.scaled_per_layer_dominance or {}
+    for name, _ in trained(report):
+        value = known.get(name)
+        if value is not None:
+            yield name, value
+
+
+@alerts.add
+def non_finite(report: LoRAReport) -> list[Finding]:
+    """A factor holds NaN or infinity: the adapter is broken."""
+    action = "Go back to the last good checkpoint, and lower the learning rate or clip gradients."
+    return [
+        Finding("non_finite", name, "a factor holds NaN or infinity", action, "fail")
+        for name, m in report.adapters.items()
+        if m.status == "non_finite"
+    ]
+
+
+@alerts.add
+def untrained(report: LoRAReport) -> list[Finding]:
+    """BA is exactly zero: the module changes nothing. One finding where all are so."""
+    idle = [name for name, m in report.adapters.items() if m.status == "untrained"]
+    if len(idle) == len(report.adapters) > 0:
+        message = f"BA is zero in all {len(idle)} modules: the adapter changes nothing"
+        return [Finding("untrained", "", message, "Train it, or check that gradients reach it.")]
+    action = "Check that gradients reach it, or leave it out of the adapter's keys."
+    return [Finding("untrained", name, "BA is zero: it changes nothing", action) for name in idle]
+
+
+@alerts.add
+def effective_rank_low(report: LoRAReport, *, threshold: float = LOW_UTILIZATION) -> list[Finding]:
+    """The effective rank of BA is below a quarter of the nominal rank: rank is paid for in vain."""
+    return [
+        Finding(
+            "effective_rank_low",
+            name,
+            f"uses {m.effective_rank_BA:.1f} of rank {m.nominal_rank} "
+            f"({m.rank_utilization:.0%}, below {threshold:.0%})",
+            f"Rank {rank_for(m.effective_rank_BA)} would hold it, unless longer training fills it.",
+        )
+        for name, m in trained(report)
+        if m.effective_rank_BA is not None
+        and m.rank_utilization is not None
+        and m.rank_utilization < threshold
+    ]
+
+
+@alerts.add
+def ill_conditioned(report: LoRAReport, *, threshold: float = ILL_CONDITIONED) -> list[Finding]:
+    """κ of A or B is above 1000 or not defined: some directions no longer learn."""
+    found = []
+    for name, m in trained(report):
+        factors = (("A", m.kappa_A, m.kappa_A_status), ("B", m.kappa_B, m.kappa_B_status))
+        parts = [
+            f"{factor} has not the full rank {m.nominal_rank}"
+            if value is None
+            else f"κ({factor}) is {'at least ' if status == 'at_least' else ''}{value:.3g}"
+            for factor, value, status in factors
+            if value is None or value > threshold
+        ]
+        if parts:
+            message = f"{' and '.join(parts)} (healthy: up to {threshold:g})"
+            action = "Lower the rank or the learning rate, or start from an orthogonal A."
+            found.append(Finding("ill_conditioned", name, message, action))
+    return found
+
+
+@alerts.add
+def scale_mismatch(report: LoRAReport, *, low: float = 1e-4, high: float = 1.0) -> list[Finding]:
+    """σ_max(scale·BA) is above the base's σ_max, or below 1e-4 of it: the scale does not fit."""
+    found = []
+    for name, ratio in dominances(report):
+        scale = report.adapters[name].effective_lr_scale
+        message = f"σ_max(scale·BA) is {ratio:.3g} of the base's, at scale {scale:g}"
+        if ratio > high:
+            action = f"Lower the scale below {scale / ratio:.2g}: the update drowns the base."
+            found.append(Finding("scale_mismatch", name, f"{message} (above {high:g})", action))
+        elif ratio < low:
+            action = "Raise the scale or the learning rate: the update is lost in rounding."
+            found.append(Finding("scale_mismatch", name, f"{message} (below {low:g})", action))
+    return found
+
+
+@alerts.add
+def dominance_warning(
+    report: LoRAReport, *, threshold: float = DOMINATING, critical: float = CRITICAL
+) -> list[Finding]:
+    """σ_max(scale·BA) is above 0.30 of the base's σ_max, and not yet critical."""
+    action = "Watch the corruption check; a lower learning rate or scale keeps the base in charge."
+    return [
+        Finding("dominance_warning", name, f"dominance {d:.2f}, above {threshold:.2f}", action)
+        for name, d in dominances(report)
+        if threshold < d <= critical
+    ]
+
+
+@alerts.add
+def dominance_critical(report: LoRAReport, *, threshold: float = CRITICAL) -> list[Finding]:
+    """σ_max(scale·BA) is above 0.50 of the base's σ_max: the adapter overrides the base."""
+    action = "Run `mlx-lora check` on it; go back to an earlier checkpoint or lower the scale."
+    return [
+        Finding("dominance_critical", name, f"dominance {d:.2f}, above {threshold:.2f}", action)
+        for name, d in dominances(report)
+        if d > threshold
+    ]

@@ -1,0 +1,86 @@
+"""The adapter as a whole: against its base, its health, and the rank it would need."""
+
+from collections.abc import Mapping
+
+from mlx_lora.spectral.metrics import (
+    DOMINATING,
+    ILL_CONDITIONED,
+    LoRAAdapterMetrics,
+    LoRAStructuralMetrics,
+    rank_for,
+)
+
+
+def structure(
+    adapters: Mapping[str, LoRAAdapterMetrics], sigmas: Mapping[str, float] | None
+) -> LoRAStructuralMetrics:
+    """The adapter as a whole. `sigmas` is σ_max(W) by module, None without a base."""
+    judged = {n: m for n, m in adapters.items() if m.status == "trained"}
+    ill = any(m.worst_kappa > ILL_CONDITIONED for m in judged.values()) if judged else None
+    if sigmas is None:
+        absent = dict.fromkeys(LoRAStructuralMetrics.__dataclass_fields__)
+        known = {"adapter_health": health(adapters, {}), "is_ill_conditioned": ill}
+        return LoRAStructuralMetrics(**{**absent, **known})
+    plain = {n: ratio(m.sigma_max_BA, sigmas[n]) for n, m in adapters.items()}
+    scaled = {
+        n: None if d is None else abs(adapters[n].effective_lr_scale) * d for n, d in plain.items()
+    }
+    worst = greatest(scaled)
+    return LoRAStructuralMetrics(
+        mean_dominance=mean(plain),
+        max_dominance=greatest(plain),
+        per_layer_dominance=plain,
+        scaled_mean_dominance=mean(scaled),
+        scaled_max_dominance=worst,
+        scaled_per_layer_dominance=scaled,
+        adapter_health=health(adapters, scaled),
+        is_dominating=None if worst is None else worst > DOMINATING,
+        is_ill_conditioned=ill,
+    )
+
+
+def health(
+    adapters: Mapping[str, LoRAAdapterMetrics], scaled: Mapping[str, float | None]
+) -> float | None:
+    """Share of sound modules among those not untrained, in [0, 1]; None where all are untrained.
+
+    Sound: finite, κ of A and B <= 1000, scaled dominance <= 0.30. Without a base nothing is known
+    of dominance, and the share is of the other two alone.
+    """
+    judged = {n: m for n, m in adapters.items() if m.status != "untrained"}
+    if not judged:
+        return None
+    sound = [
+        m.status == "trained"
+        and m.worst_kappa <= ILL_CONDITIONED
+        and (scaled.get(n) or 0.0) <= DOMINATING
+        for n, m in judged.items()
+    ]
+    return sum(sound) / len(sound)
+
+
+def suggested_rank(adapters: Mapping[str, LoRAAdapterMetrics]) -> int | None:
+    """The rank that would hold every module: `rank_for` the largest effective rank of BA.
+
+    None where nothing is trained or a module is not finite: such an adapter says nothing of rank.
+    """
+    statuses = {m.status for m in adapters.values()}
+    if "trained" not in statuses or "non_finite" in statuses:
+        return None
+    return rank_for(max(m.effective_rank_BA or 0.0 for m in adapters.values()))
+
+
+def ratio(value: float | None, to: float) -> float | None:
+    return None if value is None or not to else value / to
+
+
+def known(values: Mapping[str, float | None]) -> list[float]:
+    return [v for v in values.values() if v is not None]
+
+
+def mean(values: Mapping[str, float | None]) -> float | None:
+    return sum(known(values)) / len(known(values)) if known(values) else None
+
+
+def greatest(values: Mapping[str, float | None]) -> float | None:
+    return max(known(values), default=None)

@@ -1,0 +1,113 @@
+"""The text that the embedded model learns from, all of it generated here from a seed.
+
+Three kinds of document: small stories, questions with answers, and Countdown problems with
+solutions. Each story and question is a function of a random.Random; nothing is read from anywhere.
+"""
+
+import random
+from collections.abc import Iterator
+
+from mlx_lora.registry import options
+from mlx_lora.tasks import countdown
+
+PEOPLE = "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Lena Max Nora Oscar Paula Tom".split()
+ANIMALS = "cat dog horse bird fox rabbit duck mouse bear sheep goat frog".split()
+THINGS = "ball book box cup hat key lamp map pen rope shoe stone stick coat bag drum".split()
+FOODS = "apple bread cake cheese egg fish pear plum rice soup carrot cookie".split()
+PLACES = "garden house forest river park school market kitchen barn beach tower village".split()
+COLOURS = "red blue green yellow white black brown grey".split()
+SIZES = "big small old new round heavy light soft warm cold".split()
+MOODS = "happy sad tired hungry proud quiet brave kind calm curious".split()
+WEATHER = "sunny rainy windy cloudy snowy foggy".split()
+TIMES = "morning evening afternoon night summer winter spring autumn".split()
+FINDS = "found saw took carried dropped washed painted lost wanted liked".split()
+GOES = "walked ran went rode hurried came".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen twenty"
+).split()
+LEGS = {"cat": 4, "dog": 4, "horse": 4, "bird": 2, "duck": 2, "fox": 4, "sheep": 4, "goat": 4}
+SKY = {"sky": "blue", "grass": "green", "snow": "white", "sun": "yellow", "coal": "black"}
+
+
+def an(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def story(rng: random.Random) -> str:
+    """Two to five sentences about one person, one animal and one thing that stay the same."""
+    c = rng.choice
+    who, animal, thing, place = c(PEOPLE), c(ANIMALS), c(THINGS), c(PLACES)
+    other, colour, size, mood, food = c(PEOPLE), c(COLOURS), c(SIZES), c(MOODS), c(FOODS)
+    opening = c(
+        [
+            f"One {c(TIMES)} {who} {c(GOES)} to the {place}.",
+            f"{who} lived in {an(size)} house near the {place}.",
+            f"On {c(DAYS)} it was {c(WEATHER)} and {who} {c(GOES)} to the {place}.",
+            f"{who} had {an(animal)} that was very {mood}.",
+        ]
+    )
+    middle = [
+        f"{who} {c(FINDS)} the {colour} {thing} in the {place}.",
+        f"The {animal} sat under the {thing} and looked at {who}.",
+        f"{who} gave {an(food)} to the {animal}.",
+        f"The {thing} was {size} and {colour}.",
+        f"Then {other} came and asked for the {thing}.",
+        f"The {animal} was {mood} because the {place} was {c(SIZES)}.",
+        f'"Where is my {thing}?" asked {other}.',
+        f'"I have the {colour} {thing}," said {who}.',
+        f"{who} and {other} ate {an(food)} together.",
+    ]
+    closing = c(
+        [
+            f"In the end {who} was {mood}.",
+            f"Then they all went home.",
+            f"The {animal} slept until the {c(TIMES)}.",
+            f"{other} said thank you to {who}.",
+        ]
+    )
+    return " ".join([opening, *rng.sample(middle, rng.randint(1, 3)), closing])
+
+
+def sum_words(a: int, b: int) -> str:
+    return f"{WORDS[a]} plus {WORDS[b]} is {WORDS[a + b]}".capitalize() + "."
+
+
+def question(rng: random.Random) -> tuple[str, str]:
+    """A question and its answer: facts, counting, arithmetic, repetition."""
+    c = rng.choice
+    a, b = rng.randint(0, 20), rng.randint(0, 20)
+    day = rng.randrange(7)
+    noun, animal, who = c(list(SKY)), c(list(LEGS)), c(PEOPLE)
+    thing, colour, place = c(THINGS), c(COLOURS), c(PLACES)
+    x, y = rng.randint(0, 10), rng.randint(0, 10)
+    return c(
+        [
+            (f"What is {a} + {b} ?", f"{a} + {b} = {a + b}"),
+            (f"What is {max(a, b)} - {min(a, b)} ?", f"{max(a, b)} - {min(a, b)} = {abs(a - b)}"),
+            (f"What is {a} * {b % 6} ?", f"{a} * {b % 6} = {a * (b % 6)}"),
+            (f"What is {WORDS[x]} plus {WORDS[y]}?", sum_words(x, y)),
+            (f"Which day comes after {DAYS[day]}?", f"The day after {DAYS[day]} is {DAYS[(day + 1) % 7]}."),
+            (f"What colour is the {noun}?", f"The {noun} is {SKY[noun]}."),
+            (f"How many legs has {an(animal)}?", f"{an(animal).capitalize()} has {WORDS[LEGS[animal]]} legs."),
+            (f"{who} has the {colour} {thing}. Who has the {thing}?", f"{who} has the {thing}."),
+            (f"{who} put the {thing} in the {place}. Where is it?", f"The {thing} is in the {place}."),
+            (f"The {thing} is {colour}. What colour is it?", f"The {thing} is {colour}."),
+            ("Tell me a story.", story(rng)),
+            (f"Tell me a story about {who}.", f"One {c(TIMES)} {who} {c(GOES)} to the {place}. "
+             f"{who} {c(FINDS)} the {colour} {thing}. In the end {who} was {c(MOODS)}."),
+        ]
+    )
+
+
+def problems(rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Countdown prompts and solutions from the training split: no test problem is ever seen."""
+    option = options(countdown.build)
+    ranges = [(option[f"{a}{b}"], option[f"{c}{d}"]) for a, b, c, d in (
+        ("min_", "count", "max_", "count"), ("", "low", "", "high"),
+        ("target_", "low", "target_", "high"))]
+    draws = countdown.stream(rng, "train", *ranges, option["operators"])
+    for numbers, target, gold in draws:
+        sample = countdown.make_sample(numbers, target, gold, option["template"])
+        yield sample.prompt, sample.gold

@@ -1,0 +1,114 @@
+"""The CPU fast path computes what the plain path computes, forward and backward, and can be off."""
+
+import subprocess
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_lora import cpu
+from mlx_lora.adapter.attach import attach, lora_layers
+from mlx_lora.cpu_layers import TWINS
+from mlx_lora.errors import ConfigError
+from tests.tiny import IDS, tiny
+
+pytestmark = pytest.mark.skipif(not cpu.active(), reason="the fast path is for CPUs")
+
+
+def loss(model):
+    logits = model(mx.array(IDS)[:, :-1]).astype(mx.float32)
+    return nn.losses.cross_entropy(logits, mx.array(IDS)[:, 1:]).mean()
+
+
+def run(monkeypatch, mode: str, bits: int | None):
+    """Logits, loss and gradients of one attached model on one path."""
+    monkeypatch.setattr(cpu, "_mode", mode)
+    model = tiny(bits=bits)
+    changed = cpu.accelerate(model)
+    attach(model, init="gaussian", init_options={"std": 0.1}, rank=4)
+    if mode != "plain":
+        kinds = {type(m) for _, m in model.named_modules()} & set(TWINS[mode].values())
+        assert kinds or (mode == "openblas" and bits is None), "nothing was made fast"
+    assert (changed > 0) == bool(kinds if mode != "plain" else False)
+    value, grads = nn.value_and_grad(model, loss)(model)
+    mx.eval(value, grads)
+    return np.array(model(mx.array(IDS))), value.item(), dict(tree_flatten(grads))
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("mode", ["numpy", "openblas"])
+def test_fast_path_equals_plain_path(monkeypatch, mode, bits):
+    logits, value, grads = run(monkeypatch, mode, bits)
+    plain_logits, plain_value, plain_grads = run(monkeypatch, "plain", bits)
+    assert np.abs(logits - plain_logits).max() < 1e-5
+    assert abs(value - plain_value) < 1e-6
+    assert grads.keys() == plain_grads.keys() and grads
+    for name, grad in grads.items():
+        assert mx.abs(grad - plain_grads[name]).max().item() < 1e-5, name
+        assert mx.abs(grad).max().item() > 0, f"{name}: nothing flowed back"
+
+
+def test_fast_layers_keep_their_parameters_and_class_hierarchy(monkeypatch):
+    monkeypatch.setattr(cpu, "_mode", "numpy")
+    model, plain = tiny(bits=4), tiny(bits=4)
+    cpu.accelerate(model)
+    model(mx.array(IDS))  # makes the dense copies
+    ours, theirs = (dict(tree_flatten(m.parameters())) for m in (model, plain))
+    assert ours.keys() == theirs.keys()
+    assert isinstance(model.layers[0].self_attn.q_proj, nn.QuantizedLinear)
+    attach(model)
+    assert all(type(m).__name__ == "NumpyLoRALinear" for m in lora_layers(model).values())
+
+
+def test_low_precision_stays_on_the_plain_path(monkeypatch):
+    monkeypatch.setattr(cpu, "_mode", "numpy")
+    model, plain = tiny(bits=4, dtype=mx.bfloat16), tiny(bits=4, dtype=mx.bfloat16)
+    assert cpu.accelerate(model) == 0
+    assert mx.array_equal(model(mx.array(IDS)), plain(mx.array(IDS)))
+
+
+def test_too_large_a_model_is_left_alone(monkeypatch):
+    monkeypatch.setattr(cpu, "_mode", "numpy")
+    monkeypatch.setattr(cpu, "MEMORY_SHARE", 0.0)
+    assert cpu.accelerate(tiny(bits=4)) == 0
+
+
+def test_attaching_to_a_plain_base_keeps_it_plain(monkeypatch):
+    """A model loaded elsewhere must not change its products by being given an adapter."""
+    monkeypatch.setattr(cpu, "_mode", "numpy")
+    model = tiny(bits=4)
+    before = np.array(model(mx.array(IDS)))
+    attach(model)
+    assert np.array_equal(before, np.array(model(mx.array(IDS))))
+
+
+def test_a_changed_scale_takes_effect(monkeypatch):
+    monkeypatch.setattr(cpu, "_mode", "numpy")
+    model = tiny(bits=4)
+    cpu.accelerate(model)
+    attach(model, init="gaussian", init_options={"std": 0.1}, keys=["q_proj"])
+    layer = lora_layers(model)["model.layers.0.self_attn.q_proj"]
+    x = mx.ones((1, 3, 128))
+    base = layer.linear(x)
+    one = layer(x) - base
+    layer.scale = mx.array(2 * layer.scale)
+    assert mx.allclose(layer(x) - base, 2 * one, atol=1e-5)
+
+
+def test_the_switch_is_checked_and_obeyed(monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CPU", "opnblas")
+    with pytest.raises(ConfigError) as caught:
+        cpu.prepare()
+    assert "openblas" in caught.value.hint
+    for mode in ("plain", "numpy"):
+        code = "from mlx_lora import cpu; print(cpu.mode())"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={"MLX_LORA_CPU": mode, "PATH": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.strip() == mode, done.stderr
