@@ -17,7 +17,7 @@ from mlx_lora.errors import UserError
 
 app = typer.Typer(
     name="mlx-lora",
-    help="Attach LoRA harmlessly, check for corruption, train with RL, see what the adapter learned.",
+    help="Attach LoRA harmlessly, check for corruption, train with RL, see what was learned.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -53,7 +53,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of adapter, rollouts and problems.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """The main job on the embedded model: quantize, attach, check, GRPO on Countdown, eval, report."""
+    """The main job on the embedded model: quantize, attach, check, GRPO on Countdown, report."""
     from mlx_lora import config
 
     run_experiment(config.load(config.find("demo"), [f"seed={seed}"]), out, as_json)
@@ -102,27 +102,53 @@ def train(
     config_file: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML experiment.")],
     option: Options = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run folder to make.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --run-dir.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, try a step, plan.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run an experiment from a YAML file. -o sets dotted keys: -o learning_rate=1e-5."""
     from mlx_lora import config
 
-    run_experiment(config.load(config.find(config_file), option or []), run_dir, as_json)
+    experiment = config.load(config.find(config_file), option or [])
+    if dry_run:
+        show_plan(experiment, as_json)
+    else:
+        run_experiment(experiment, run_dir, as_json, resume=resume)
 
 
-def run_experiment(experiment: Any, run_dir: Path | None, as_json: bool) -> None:
-    """Train, print the summary; exit code 1 when the check fails or the run diverges."""
-    from mlx_lora import experiment as experiments
-    from mlx_lora.check.show import print_report
+def show_plan(experiment: Any, as_json: bool) -> None:
+    from mlx_lora.plan import plan
     from mlx_lora.progress import console
-    from mlx_lora.rl.grpo import Diverged
+    from mlx_lora.show import print_plan
+
+    found = plan(experiment, console())
+    if as_json:
+        print_json(found)
+    else:
+        print_plan(found)
+
+
+def run_experiment(
+    experiment: Any, run_dir: Path | None, as_json: bool, *, resume: bool = False
+) -> None:
+    """Train, print the summary; exit code 1 when the check fails or the run diverges."""
+    from mlx_lora.runlog import Clock
+
+    clock = Clock()
+    with clock.measure("import"):
+        from mlx_lora import experiment as experiments
+        from mlx_lora.check.show import print_report
+        from mlx_lora.progress import console
+        from mlx_lora.rl.grpo import Diverged
 
     try:
-        summary = experiments.run(experiment, run_dir, console())
+        summary = experiments.run(experiment, run_dir, console(), clock=clock, resume=resume)
     except experiments.CheckFailed as failed:
         if as_json:
-            print_json({"error": {"type": "CheckFailed", "message": str(failed), "hint": ""}}
-                       | {"check": failed.report.to_json()})
+            print_json(
+                {"error": {"type": "CheckFailed", "message": str(failed), "hint": ""}}
+                | {"check": failed.report.to_json()}
+            )
         else:
             print_report(failed.report)
         raise typer.Exit(1) from None

@@ -6,6 +6,7 @@ loads MLX: names that live in tables are looked up by `check_names`, once a comm
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,7 @@ from mlx_lora import schema, yamlfile
 from mlx_lora.conflicts import conflicts, given, notices
 from mlx_lora.errors import ConfigError, UserError, near
 from mlx_lora.schema import INSTEAD, Experiment, Stage
-from mlx_lora.yamlfile import Mark
+from mlx_lora.yamlfile import KeyPath, Mark
 
 __all__ = [  # what the rest of the package uses
     "Experiment",
@@ -32,7 +33,6 @@ __all__ = [  # what the rest of the package uses
     "shipped",
 ]
 
-Place = yamlfile.Path
 EITHER = INSTEAD | {old: new for new, old in INSTEAD.items()}
 NAMED = ("init", "scale_schedule", "task")
 TABLES = {  # as text, because the tables live in layers above this one
@@ -72,17 +72,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
 
 def find(name: str | Path) -> Path:
     """The experiment file at a path, else the shipped one of that name (`demo`)."""
-    path, known = Path(name).expanduser(), shipped()
-    if path.exists() and not path.is_dir():
+    path, known = Path(os.path.expanduser(name)), shipped()
+    if os.path.exists(path) and not os.path.isdir(path):
         return path
     if (short := str(name).removesuffix(".yaml")) in known:
         return known[short]
-    if path.is_dir():
-        inside = sorted(p.name for p in path.glob("*.yaml"))
-        raise ConfigError(
-            f"{path} is a folder, not an experiment file", f"In it: {', '.join(inside)}."[:200]
-        )
-    beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    if os.path.isdir(path):
+        inside = ", ".join(sorted(p.name for p in path.glob("*.yaml"))) or "no .yaml file"
+        raise ConfigError(f"{path} is a folder, not an experiment file", f"In it: {inside}.")
+    beside = [p.name for p in path.parent.glob("*.yaml")] if os.path.isdir(path.parent) else []
     raise ConfigError(f"there is no experiment file {path}", near(path.name, [*beside, *known]))
 
 
@@ -104,9 +102,10 @@ def from_text(text: str, name: str = "config", overrides: Sequence[str] = ()) ->
         raise ConfigError(f"{name}: needs `key: value` lines, found {what}", "Start: model: demo")
     for key, value in parse_options(overrides).items():
         raw = merge(raw, nest(key, value))
-        path = tuple(key.split("."))
+        path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
         marks = {p: mark for p, mark in marks.items() if p[: len(path)] != path}
-        marks[path] = Mark(2**31, len(marks), f"-o {key}")
+        mark = Mark(2**31, len(marks), f"-o {key}")  # after every line of the file
+        marks = {path[:depth]: mark for depth in range(1, len(path))} | marks | {path: mark}
     stages = raw.get("stages")
     if isinstance(stages, list):
         common = {k: v for k, v in raw.items() if k != "stages"}
@@ -116,14 +115,13 @@ def from_text(text: str, name: str = "config", overrides: Sequence[str] = ()) ->
     for path, what in found:
         known, mark = locate(path, marks)
         problems.append((mark, f"{'.'.join(map(str, known))}: {what}"))
-    if experiment is None or problems:
-        lines = dict.fromkeys(f"{mark.label}: {what}" for mark, what in sorted(problems))
-        raise ConfigError(printable("\n".join(lines)))
+    refuse(problems)
+    assert experiment is not None, "refused without a reason"
     experiment._marks.update(marks)
     return experiment
 
 
-def validate(raw: dict[str, Any]) -> tuple[Experiment | None, list[tuple[Place, str]]]:
+def validate(raw: dict[str, Any]) -> tuple[Experiment | None, list[tuple[KeyPath, str]]]:
     """The experiment, and (path, problem) of all that is wrong."""
     loops = [((), raw)]
     if isinstance(raw.get("stages"), list):
@@ -182,7 +180,7 @@ def blocks_in(annotation: Any) -> list[type[schema.Block]]:
     return [block for part in get_args(annotation) for block in blocks_in(part)]
 
 
-def locate(path: Place, marks: Mapping[Place, Mark]) -> tuple[Place, Mark]:
+def locate(path: KeyPath, marks: Mapping[KeyPath, Mark]) -> tuple[KeyPath, Mark]:
     """The path as the user wrote it, and the place of the nearest key that was written.
 
     A stage repeats the common part of the file, and one block may stand for a list of one: then the
@@ -194,7 +192,14 @@ def locate(path: Place, marks: Mapping[Place, Mark]) -> tuple[Place, Mark]:
             return candidate, marks[candidate]
     while path and path not in marks:
         path = path[:-1]
-    return plain, marks[path]
+    return plain, marks.get(path, Mark(0, 0, "config"))  # one that was built in Python
+
+
+def refuse(problems: Sequence[tuple[Mark, str]]) -> None:
+    """Raise the one error that lists them all, in reading order. Nothing when there is none."""
+    if problems:
+        lines = dict.fromkeys(f"{mark.label}: {what}" for mark, what in sorted(problems))
+        raise ConfigError(printable("\n".join(lines)))
 
 
 def printable(text: str) -> str:
@@ -236,7 +241,8 @@ def merge(base: Any, over: Any) -> Any:
     Of two keys that stand in place of each other the one on top wins, and another NAME drops the
     options of the old one. A list takes a block of numbered changes: {"0": {"iters": 5}}.
     """
-    if isinstance(base, list) and isinstance(over, dict) and all(k.isdigit() for k in over):
+    numbers = [str(i) for i in range(len(base))] if isinstance(base, list) else []
+    if isinstance(over, dict) and over and all(key in numbers for key in over):
         return [merge(v, over[str(i)]) if str(i) in over else v for i, v in enumerate(base)]
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
@@ -255,21 +261,18 @@ def check_names(experiment: Experiment) -> None:
     """Look up every name and its options in the tables: all that are wrong in one ConfigError."""
     problems = []
     for index, loop in enumerate(experiment.loops):
-        stage: Place = ("stages", index) if experiment.stages else ()
+        stage: KeyPath = ("stages", index) if experiment.stages else ()
         for path, look_up in lookups(loop):
             try:
                 look_up()
             except UserError as error:
                 mark = locate((*stage, *path), experiment._marks)[1]
-                problems += [
-                    (mark, f"{line} {error.hint}".strip()) for line in str(error).split("\n")
-                ]
-    if problems:
-        lines = dict.fromkeys(f"{mark.label}: {what}" for mark, what in sorted(problems))
-        raise ConfigError(printable("\n".join(lines)))
+                hint = f". {error.hint}" if error.hint else ""
+                problems += [(mark, line + hint) for line in str(error).split("\n")]
+    refuse(problems)
 
 
-def lookups(loop: Stage) -> Iterator[tuple[Place, Callable[[], object]]]:
+def lookups(loop: Stage) -> Iterator[tuple[KeyPath, Callable[[], object]]]:
     """(path, a call that raises when the name or its options are wrong)."""
 
     def table(key: str) -> Any:

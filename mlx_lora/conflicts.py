@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlx_lora.schema import INSTEAD, QUANTIZATION, Experiment
-from mlx_lora.yamlfile import Path
+from mlx_lora.yamlfile import KeyPath
 
 ABOUT = {
     "alpha": "scale = alpha / rank, or alpha / sqrt(rank) with rslora",
@@ -13,7 +13,7 @@ ABOUT = {
 }
 
 
-def conflicts(raw: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+def conflicts(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """(path, problem) for keys that contradict each other.
 
     Looks at unchecked values, so that these are listed together with wrong keys and types.
@@ -44,7 +44,7 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
 
 def rl_conflicts(
     method: str, top: Mapping[str, Any], blocks: Mapping[str, Any]
-) -> Iterator[tuple[Path, str]]:
+) -> Iterator[tuple[KeyPath, str]]:
     if "task" not in top:
         yield ("method",), f"{method} needs a task, like `task: countdown` (`mlx-lora ls tasks`)"
     if "epochs" in top:
@@ -57,7 +57,7 @@ def rl_conflicts(
         yield ("es", "population"), "should be even: members come in pairs (or antithetic: false)"
 
 
-def quantize_conflicts(quantize: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+def quantize_conflicts(quantize: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     mode = quantize.get("mode", "affine")
     if mode == "affine":
         if quantize.get("group_size") == 16:

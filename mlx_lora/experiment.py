@@ -1,5 +1,6 @@
 """One experiment from config to report: check, measure, train, measure again, explain."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,12 +17,14 @@ from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
 from mlx_lora.check import gate
 from mlx_lora.check.metrics import fingerprint
-from mlx_lora.check.probes import Probes, read
+from mlx_lora.check.probes import read
 from mlx_lora.config import Experiment, check_names, resolved
+from mlx_lora.config import load as load_config
+from mlx_lora.conflicts import notices
 from mlx_lora.errors import ConfigError
 from mlx_lora.models import Loaded
 from mlx_lora.progress import Watcher, watch
-from mlx_lora.rl import grpo, monitor
+from mlx_lora.rl import checkpoints, grpo, monitor
 from mlx_lora.rl.evaluate import evaluate
 from mlx_lora.runlog import Clock, RunLog, environment, plot
 from mlx_lora.spectral.report import LoRAAnalyzer, write
@@ -39,35 +42,102 @@ class CheckFailed(Exception):
         self.report = report
 
 
-def run(experiment: Experiment, run_dir: Path | None, console: Console) -> dict[str, Any]:
-    """Run it and return the summary that `demo --json` prints. Writes only into the run folder."""
-    begin, clock = time.perf_counter(), Clock()
-    check_names(experiment)
-    if experiment.method != "grpo":
-        raise ConfigError(f"method {experiment.method} is not available yet", "Use `method: grpo`.")
-    assert experiment.task is not None, "config requires a task for grpo"
-    task = load_task(experiment.task.name, experiment.task.options)
-    log = RunLog.create(run_dir, name=f"{experiment.method}_{experiment.task.name}")
-    log.write_yaml("config.yaml", resolved(experiment))
-    log.write_json("environment.json", environment(blas=cpu.mode()))
-    log.status("running")
+def run(
+    experiment: Experiment,
+    run_dir: Path | None,
+    console: Console,
+    *,
+    clock: Clock | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Run it and return the summary that `demo --json` prints. Writes only into the run folder.
+
+    `resume` goes on from the newest checkpoint in `run_dir`, to the same bits as an uninterrupted
+    run on the same machine.
+    """
+    clock = clock or Clock()
+    task = validated(experiment, console)
+    log = reopened(experiment, run_dir) if resume else opened(experiment, run_dir)
     try:
         loaded, config, report = prepare(experiment, log, clock, console)
-        summary = {"task": experiment.task.name, "check": report.to_json()}
-        summary |= learn(experiment, loaded, config, task, log, clock, console)
+        summary = {"task": experiment.task.name, "check": report.to_json()}  # type: ignore[union-attr]
+        summary |= learn(experiment, loaded, config, task, log, clock, console, resume=resume)
     except KeyboardInterrupt:
-        log.status("interrupted", "stopped by Ctrl-C; adapters/ holds the last step")
-        console.print(f"[yellow]Stopped.[/] The adapter so far is in {log.folder / 'adapters'}")
+        saved = (log.folder / "adapters" / files.CONFIG).exists()
+        kept = "adapters/ holds the last step" if saved else "before the first step"
+        log.status("interrupted", f"stopped by Ctrl-C, {kept}")
+        console.print(f"[yellow]Stopped[/], {kept}: {log.folder}")
         raise
     except BaseException as error:
         log.status("failed", f"{type(error).__name__}: {error}")
         raise
-    with clock.measure("report"):
-        breakdown(clock, log)
-    summary |= {"run_dir": str(log.folder), "seconds": round(time.perf_counter() - begin, 2)}
+    breakdown(clock, log)
+    summary |= {"run_dir": str(log.folder), "seconds": clock.report()["total"]}
     log.write_json("summary.json", summary)
     log.status("finished")
     return summary
+
+
+def validated(e: Experiment, console: Console) -> Task:
+    """The task, once every name and key of the experiment has been judged."""
+    check_names(e)
+    refuse_unused(e)
+    assert e.task is not None, "the config requires a task for RL"
+    for notice in notices(e):
+        console.print(f"[yellow]Note:[/] {notice}.")
+    return load_task(e.task.name, e.task.options)
+
+
+def opened(e: Experiment, run_dir: Path | None) -> RunLog:
+    """A fresh run folder that says what it is about."""
+    log = RunLog.create(run_dir, name=f"{e.method}_{e.task.name if e.task else e.model}")
+    log.write_yaml("config.yaml", resolved(e))
+    log.write_json("environment.json", environment(blas=cpu.mode()))
+    return log
+
+
+def reopened(e: Experiment, run_dir: Path | None) -> RunLog:
+    """The folder of a stopped run, cut back to its newest checkpoint, if this is its experiment."""
+    if run_dir is None:
+        raise ConfigError("--resume needs --run-dir, the folder of the run to go on with")
+    before = resolved(load_config(run_dir / "config.yaml"))
+    changed = sorted(k for k, v in resolved(e).items() if v != before.get(k))
+    if changed:
+        raise ConfigError(
+            f"{run_dir} was started with another {', '.join(changed)}",
+            "Resume with the file it was started with, or start a new run.",
+        )
+    step = int(checkpoints.latest(run_dir / "checkpoints").name) - 1
+    return RunLog.resume(run_dir, step=step)
+
+
+# Keys that an experiment may hold and that GRPO does not act on yet: naming one is an error, so
+# that no run looks as if it had obeyed.
+UNUSED = (
+    "grad_accumulation_steps", "grad_checkpoint", "report_to", "clear_cache_threshold",
+    "stages", "epochs", "fine_tune_type", "eval.every", "check.expect", "check.prompts",
+    "check.enabled", "check.samples", "grpo.epochs", "lora_parameters.type",
+    "lora_parameters.rank_pattern",
+)  # fmt: skip
+
+
+def refuse_unused(e: Experiment) -> None:
+    """ConfigError that lists every key with a value that this version would silently ignore."""
+    if e.method != "grpo":
+        raise ConfigError(f"method {e.method} is not available yet", "Use `method: grpo`.")
+    plain, default = resolved(e), resolved(Experiment(method="grpo", task={"name": "countdown"}))  # type: ignore[arg-type]
+
+    def value(tree: Any, key: str) -> Any:
+        for part in key.split("."):
+            tree = tree.get(part) if isinstance(tree, dict) else None
+        return tree
+
+    ignored = [k for k in UNUSED if value(plain, k) != value(default, k)]
+    if ignored:
+        raise ConfigError(
+            f"method grpo does not act on {', '.join(ignored)} yet",
+            "Remove them, so that the run is what its file says.",
+        )
 
 
 def prepare(
@@ -77,15 +147,16 @@ def prepare(
     with clock.measure("load model"):
         quantize = e.quantize.model_dump() if e.quantize else None
         loaded = models.load(e.model, quantize=quantize)
-    if loaded.quantized_here:
+    if loaded.quantized_here and not (log.folder / "base").exists():
         with clock.measure("save base"):
             models.save_base(loaded, log.folder / "base")
     with clock.measure("check"):
         began = time.perf_counter()
         probes = read(loaded)
         prints = fingerprint(loaded, probes)
-        config = attach(loaded, e)
-        report = gate.judge(loaded, probes, prints, "same", e.init.name, began, e.seed)
+        config, expect = attach(loaded, e)
+        init = e.init.name if expect == "same" else None
+        report = gate.judge(loaded, probes, prints, expect, init, began, e.seed)
     log.write_json("check.json", report.to_json())
     console.print(verdict_line(report))
     if report.verdict == "fail":
@@ -94,8 +165,12 @@ def prepare(
     return loaded, config, report
 
 
-def attach(loaded: Loaded, e: Experiment) -> dict[str, Any]:
-    """Attach what the experiment asks for, RL's rule of no dropout included."""
+def attach(loaded: Loaded, e: Experiment) -> tuple[dict[str, Any], str]:
+    """Attach what the experiment asks for. Returns the adapter's config, and what to expect."""
+    if e.resume_adapter_file is not None:
+        given = Path(e.resume_adapter_file)
+        folder = given.parent if given.suffix == ".safetensors" else given
+        return files.load(loaded.model, folder) | {"base": models.identity(loaded)}, "healthy"
     lora = e.lora_parameters
     config = attaching.attach(
         loaded.model,
@@ -107,7 +182,7 @@ def attach(loaded: Loaded, e: Experiment) -> dict[str, Any]:
         init_options=e.init.options,
         seed=e.seed,
     )
-    return config | {"base": models.identity(loaded)}
+    return config | {"base": models.identity(loaded)}, "same"
 
 
 def learn(
@@ -118,20 +193,36 @@ def learn(
     log: RunLog,
     clock: Clock,
     console: Console,
+    *,
+    resume: bool,
 ) -> dict[str, Any]:
     """Accuracy before, training, accuracy after, spectra. The adapter is saved whatever happens."""
     measure = partial(evaluate, loaded, task, n=e.eval.n, max_tokens=e.rollout.max_tokens)
-    with clock.measure("evaluate"):
-        before = measure()
+    before_file = log.folder / "eval_before.json"
+    if not before_file.exists():
+        with clock.measure("evaluate"):
+            log.write_json(before_file.name, measure())
+    before = models.read_json(before_file)
     console.print(f"Before: {accuracy_line(before)}")
-    optimizer = getattr(optim, OPTIMIZERS[e.optimizer])(learning_rate=e.learning_rate)
+    optimizer = optimizer_of(e)
     recorder = Recorder(e, log, clock)
+    start = 0
+    if resume:
+        folder = checkpoints.latest(log.folder / "checkpoints")
+        start = checkpoints.load(folder, loaded.model, optimizer)
+        recorder.remember()
+    keep = partial(checkpoints.save, log.folder / "checkpoints")
     try:
         with watch(console, f"{e.method} on {e.model}", e.iters) as watcher:
             recorder.watcher = watcher
-            grpo.train(loaded, task, e, optimizer, clock, recorder)
+            for step in grpo.train(loaded, task, e, optimizer, clock, recorder, start=start):
+                if (step + 1) % e.save_every == 0:
+                    with clock.measure("checkpoint", kind="step"):
+                        keep(step + 1, loaded.model, optimizer, config)
     finally:
-        files.save(loaded.model, config, log.folder / "adapters")
+        folders = [log.folder / "adapters", *([Path(e.adapter_path)] if e.adapter_path else [])]
+        for folder in folders:
+            files.save(loaded.model, config, folder)
     with clock.measure("evaluate"):
         after = measure()
     console.print(f"After:  {accuracy_line(after)}")
@@ -141,7 +232,18 @@ def learn(
     return named(before, "before") | named(after, "after") | {"alerts": sorted(recorder.seen)}
 
 
-OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "adafactor": "Adafactor"}
+def optimizer_of(e: Experiment) -> optim.Optimizer:
+    settings = dict(e.optimizer_config.get(e.optimizer, {}))
+    return getattr(optim, OPTIMIZERS[e.optimizer])(learning_rate=e.learning_rate, **settings)
+
+
+OPTIMIZERS = {
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "sgd": "SGD",
+    "adafactor": "Adafactor",
+}
 
 
 class Recorder:
@@ -153,6 +255,16 @@ class Recorder:
         self.history: list[dict[str, float]] = []
         self.seen: set[str] = set()
         self.last = time.perf_counter()
+
+    def remember(self) -> None:
+        """Take up the history of a resumed run, so that alerts see what they would have seen."""
+        for name, keep in (("metrics.jsonl", self.history.append), ("alerts.jsonl", self.saw)):
+            path = self.log.folder / name
+            for line in path.read_text().splitlines() if path.exists() else ():
+                keep(json.loads(line))
+
+    def saw(self, finding: Mapping[str, Any]) -> None:
+        self.seen.add(finding["name"])
 
     def __call__(self, step: int, metrics: dict[str, float], groups: Sequence[Group]) -> None:
         now = time.perf_counter()
@@ -209,8 +321,8 @@ def verdict_line(report: gate.Report) -> str:
 
 
 def breakdown(clock: Clock, log: RunLog) -> None:
-    """Where the time went, as JSON and a picture."""
+    """Where the time went, as JSON and a picture (whose own drawing is the last row)."""
     mx.synchronize()
-    report = clock.report()
-    log.write_json("time_breakdown.json", report)
-    plot(report, log.folder / "time_breakdown.png")
+    with clock.measure("plot"):
+        plot(clock.report(), log.folder / "time_breakdown.png")
+    log.write_json("time_breakdown.json", clock.report())

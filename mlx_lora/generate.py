@@ -188,7 +188,11 @@ def decode(
 
 
 def trim(
-    tokenizer: Any, prompt: Sequence[int], ids_T: np.ndarray, logps_T: np.ndarray, eos: frozenset[int]
+    tokenizer: Any,
+    prompt: Sequence[int],
+    ids_T: np.ndarray,
+    logps_T: np.ndarray,
+    eos: frozenset[int],
 ) -> Rollout:
     """Cut a row after its EOS, which stays: ending is a decision to learn."""
     ends = np.flatnonzero(np.isin(ids_T, list(eos)))

@@ -94,7 +94,12 @@ def load(
 
 
 def quantized(
-    model: nn.Module, config: dict[str, Any], *, bits: int, group_size: int = 64, mode: str = "affine"
+    model: nn.Module,
+    config: dict[str, Any],
+    *,
+    bits: int,
+    group_size: int = 64,
+    mode: str = "affine",
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model with its weights packed, and the config that says so. Raises when nothing can be."""
     from mlx_lm.utils import quantize_model
@@ -103,7 +108,9 @@ def quantized(
         with quiet():
             model, config = quantize_model(model, config, group_size, bits, mode=mode)
     except Exception as error:
-        raise ModelError(f"cannot quantize to {bits} bits, groups of {group_size}: {error}") from error
+        raise ModelError(
+            f"cannot quantize to {bits} bits, groups of {group_size}: {error}"
+        ) from error
     if not any("scales" in m for _, m in model.named_modules()):
         raise ModelError(
             f"no layer has a width that groups of {group_size} divide, nothing would be quantized",
@@ -121,7 +128,9 @@ def save_base(loaded: Loaded, out: Path) -> None:
     save_model(part, loaded.model)
     save_config(dict(loaded.config), part / "config.json")
     for file in sorted(loaded.folder.iterdir()):
-        keep = file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "chat_template"))
+        keep = file.name.startswith(
+            ("tokenizer", "special_tokens", "vocab", "merges", "chat_template")
+        )
         if keep or file.name == "generation_config.json":
             shutil.copy(file, part / file.name)
     part.rename(out)
@@ -167,7 +176,9 @@ def identity(loaded: Loaded) -> dict[str, Any]:
     return {
         "model": loaded.name,
         "model_type": loaded.config.get("model_type"),
-        "quantization": {k: quantization[k] for k in ("bits", "group_size", "mode") if k in quantization}
+        "quantization": {
+            k: quantization[k] for k in ("bits", "group_size", "mode") if k in quantization
+        }
         if quantization
         else None,
     }

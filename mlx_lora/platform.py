@@ -22,7 +22,8 @@ def problem(
     machine = machine or platform.machine()
     if python < PYTHON:
         return PlatformError(
-            f"Python {'.'.join(map(str, python))} is too old", "mlx-lora needs Python 3.11 or newer."
+            f"Python {'.'.join(map(str, python))} is too old",
+            "mlx-lora needs Python 3.11 or newer.",
         )
     if system == "darwin" and machine == "x86_64":
         return PlatformError(

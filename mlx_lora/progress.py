@@ -1,4 +1,4 @@
-"""What a person sees while it runs: bars and a live line on stderr, plain lines where nobody watches."""
+"""What a person sees while it runs: a bar with a live line, on stderr; plain lines elsewhere."""
 
 import contextlib
 from collections.abc import Iterator, Mapping

@@ -31,7 +31,9 @@ class Table(Generic[Function]):
 
     def add(self, function: Function) -> Function:
         """Enter a function under its own name."""
-        assert function.__doc__, f"{self.kind} {function.__name__} needs a docstring: `ls` prints it"
+        assert function.__doc__, (
+            f"{self.kind} {function.__name__} needs a docstring: `ls` prints it"
+        )
         assert function.__name__ not in self._functions, f"two entries named {function.__name__}"
         self._functions[function.__name__] = function
         return function

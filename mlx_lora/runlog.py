@@ -43,7 +43,7 @@ def json_safe(thing: Any) -> Any:
     """Plain JSON data. NaN and infinities become null, in a mapping beside `<key>_status`.
 
     >>> json_safe({"loss": float("nan"), "sizes": (1, float("inf"))})
-    {'loss': None, 'loss_status': 'nan', 'sizes': [1, None]}
+    {'loss': None, 'sizes': [1, None], 'loss_status': 'nan'}
     """
     if thing is None or isinstance(thing, str | bool | int):
         return thing

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from mlx_lora.yamlfile import Mark, Path
+from mlx_lora.yamlfile import KeyPath, Mark
 
 Whole = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -343,7 +343,7 @@ class Experiment(Stage):
     stages: Annotated[tuple[Stage, ...], Field(strict=False)] = ()
     """Run in order; each is the rest of the file with these keys changed, and starts from the
     adapter of the one before."""
-    _marks: dict[Path, Mark] = PrivateAttr(default_factory=dict)  # where each key was given
+    _marks: dict[KeyPath, Mark] = PrivateAttr(default_factory=dict)  # where each key was given
 
     @property
     def loops(self) -> tuple[Stage, ...]:

@@ -20,7 +20,9 @@ def interval(result: Mapping[str, Any], key: str) -> str:
 def print_summary(summary: Mapping[str, Any]) -> None:
     """The end of a run: what was gained, where it lies, how to use it."""
     console, folder = out(), Path(summary["run_dir"])
-    table = Table(box=box.SIMPLE_HEAD, title=f"{summary['task']}, held-out problems", title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{summary['task']}, held-out problems", title_justify="left"
+    )
     for heading in ("", "greedy (95 % interval)", "sampled"):
         table.add_column(heading)
     for when in ("before", "after"):
@@ -28,7 +30,9 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         table.add_row(when, interval(summary, f"accuracy_{when}"), sampled)
     console.print(table)
     alerts = ", ".join(summary["alerts"]) or "none"
-    console.print(f"Check before training: {summary['check']['verdict']}. Alerts during it: {alerts}.")
+    console.print(
+        f"Check before training: {summary['check']['verdict']}. Alerts during it: {alerts}."
+    )
     console.print(f"{summary['seconds']:.0f} s. Everything is in {folder}:")
     contents = {
         "adapters/": "the adapter, in mlx-lm's format",
@@ -53,7 +57,9 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 
 def print_evaluation(result: Mapping[str, Any]) -> None:
     console = out()
-    console.print(f"{result['task']}: {interval(result, 'accuracy')} of {result['n']} held-out problems,")
+    console.print(
+        f"{result['task']}: {interval(result, 'accuracy')} of {result['n']} held-out problems,"
+    )
     console.print(f"greedy; sampled at temperature 1: {result['accuracy_sampled']:.1%}")
     table = Table(box=box.SIMPLE, show_header=False)
     for reason, count in result["reasons"].items():
@@ -79,3 +85,11 @@ def print_doctor(findings: Mapping[str, Any]) -> None:
     for test in findings["tests"]:
         mark = "[green]ok[/]  " if test["ok"] else "[red]BAD[/] "
         console.print(f"  {mark}{test['name']}: {test['detail']}")
+
+
+def print_plan(found: Mapping[str, Any]) -> None:
+    table = Table(box=box.SIMPLE, show_header=False, title="plan", title_justify="left")
+    for key, value in found.items():
+        text = f"{value:,}" if isinstance(value, int | float) else str(value)
+        table.add_row(key.replace("_", " "), text)
+    out().print(table)

@@ -69,7 +69,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Factors:
-    """LoRA factors in mlx-lm's layout: the change is scale · (lora_a @ lora_b).T on an O×I weight."""
+    """LoRA factors in mlx-lm's layout: scale · (lora_a @ lora_b).T is added to an O×I weight."""
 
     lora_a_IR: Any
     lora_b_RO: Any

@@ -18,7 +18,7 @@ TAG = "tag:yaml.org,2002:"
 DIGITS = "[0-9]+(?:_[0-9]+)*"
 REAL = rf"(?:{DIGITS}\.(?:{DIGITS})?|\.{DIGITS})(?:[eE][-+]?[0-9]+)?|{DIGITS}[eE][-+]?[0-9]+"
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 
 class Mark(NamedTuple):
@@ -33,7 +33,7 @@ class Document(NamedTuple):
     """Values, the place of every one of them, and what is wrong with them already."""
 
     value: Any
-    marks: dict[Path, Mark]
+    marks: dict[KeyPath, Mark]
     problems: list[tuple[Mark, str]]
 
 
@@ -96,7 +96,7 @@ def parse(text: str, name: str) -> Document:
     return document._replace(value=None if root is None else read(root, (), name, document))
 
 
-def read(node: yaml.Node, path: Path, name: str, document: Document) -> Any:
+def read(node: yaml.Node, path: KeyPath, name: str, document: Document) -> Any:
     """The plain value of a node. Notes the place of each entry: a key's, where it has one."""
     mark = mark_of(node, name)
     document.marks.setdefault(path, mark)
@@ -123,7 +123,7 @@ def read(node: yaml.Node, path: Path, name: str, document: Document) -> Any:
 
 
 def read_mapping(
-    node: yaml.MappingNode, path: Path, name: str, document: Document
+    node: yaml.MappingNode, path: KeyPath, name: str, document: Document
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key_node, value_node in node.value:

@@ -1,6 +1,6 @@
 """Build the embedded model: tokenizer, training, evaluation, card. Deterministic from --seed.
 
-    python scripts/build_demo_model.py 
+    python scripts/build_demo_model.py
 
 Llama-shaped, about a million parameters, one token per whole number up to 99. Trains in float32
 with MLX (a system OpenBLAS makes it four times faster on Linux) and stores bf16.
@@ -128,16 +128,32 @@ def train(tokenizer: Tokenizer, steps: int, games: int, texts: int, peak: float,
         optimizer.update(model, grads)
         mx.eval(model.parameters(), optimizer.state, loss)
         if step % 25 == 24:
-            print(f"step {step + 1}  {time.time() - begin:.0f} s  loss {loss.item():.4f}", flush=True)
-    return model, {"steps": steps, "countdown_rows": games, "text_rows": texts, "learning_rate": peak, "seed": seed}
+            print(
+                f"step {step + 1}  {time.time() - begin:.0f} s  loss {loss.item():.4f}", flush=True
+            )
+    return model, {
+        "steps": steps,
+        "countdown_rows": games,
+        "text_rows": texts,
+        "learning_rate": peak,
+        "seed": seed,
+    }
 
 
 def save(model: nn.Module, tokenizer: Tokenizer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     weights = tree_map(lambda p: p.astype(mx.bfloat16), model.parameters())
-    mx.save_safetensors(str(out / "model.safetensors"), dict(tree_flatten(weights)), {"format": "mlx"})
-    config = ARGS | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "hidden_act": "silu",
-                     "bos_token_id": None, "eos_token_id": END, "pad_token_id": END}
+    mx.save_safetensors(
+        str(out / "model.safetensors"), dict(tree_flatten(weights)), {"format": "mlx"}
+    )
+    config = ARGS | {
+        "architectures": ["LlamaForCausalLM"],
+        "torch_dtype": "bfloat16",
+        "hidden_act": "silu",
+        "bos_token_id": None,
+        "eos_token_id": END,
+        "pad_token_id": END,
+    }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(str(out / "tokenizer.json"))
     (out / "tokenizer_config.json").write_text(
@@ -163,7 +179,9 @@ def check_rows(rng: random.Random) -> list[dict[str, str]]:
     held_out = load_task("countdown").load("test", 8, 1)
     rows += [{"prompt": s.prompt, "completion": s.gold} for s in held_out]
     rows += [{"prompt": question(rng)[0]} for _ in range(4)]
-    rows += [{"prompt": f"Tell me a story about {who}."} for who in ("Anna", "Felix", "Nora", "Tom")]
+    rows += [
+        {"prompt": f"Tell me a story about {who}."} for who in ("Anna", "Felix", "Nora", "Tom")
+    ]
     return rows
 
 

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from mlx_lora.registry import options
 from mlx_lora.tasks import countdown
 
-PEOPLE = "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Lena Max Nora Oscar Paula Tom".split()
+PEOPLE = (
+    "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Lena Max Nora Oscar Paula Tom".split()
+)
 ANIMALS = "cat dog horse bird fox rabbit duck mouse bear sheep goat frog".split()
 THINGS = "ball book box cup hat key lamp map pen rope shoe stone stick coat bag drum".split()
 FOODS = "apple bread cake cheese egg fish pear plum rice soup carrot cookie".split()
@@ -88,26 +90,49 @@ def question(rng: random.Random) -> tuple[str, str]:
             (f"What is {max(a, b)} - {min(a, b)} ?", f"{max(a, b)} - {min(a, b)} = {abs(a - b)}"),
             (f"What is {a} * {b % 6} ?", f"{a} * {b % 6} = {a * (b % 6)}"),
             (f"What is {WORDS[x]} plus {WORDS[y]}?", sum_words(x, y)),
-            (f"Which day comes after {DAYS[day]}?", f"The day after {DAYS[day]} is {DAYS[(day + 1) % 7]}."),
+            (
+                f"Which day comes after {DAYS[day]}?",
+                f"The day after {DAYS[day]} is {DAYS[(day + 1) % 7]}.",
+            ),
             (f"What colour is the {noun}?", f"The {noun} is {SKY[noun]}."),
-            (f"How many legs has {an(animal)}?", f"{an(animal).capitalize()} has {WORDS[LEGS[animal]]} legs."),
+            (
+                f"How many legs has {an(animal)}?",
+                f"{an(animal).capitalize()} has {WORDS[LEGS[animal]]} legs.",
+            ),
             (f"{who} has the {colour} {thing}. Who has the {thing}?", f"{who} has the {thing}."),
-            (f"{who} put the {thing} in the {place}. Where is it?", f"The {thing} is in the {place}."),
+            (
+                f"{who} put the {thing} in the {place}. Where is it?",
+                f"The {thing} is in the {place}.",
+            ),
             (f"The {thing} is {colour}. What colour is it?", f"The {thing} is {colour}."),
             ("Tell me a story.", story(rng)),
-            (f"Tell me a story about {who}.", f"One {c(TIMES)} {who} {c(GOES)} to the {place}. "
-             f"{who} {c(FINDS)} the {colour} {thing}. In the end {who} was {c(MOODS)}."),
+            (
+                f"Tell me a story about {who}.",
+                f"One {c(TIMES)} {who} {c(GOES)} to the {place}. "
+                f"{who} {c(FINDS)} the {colour} {thing}. In the end {who} was {c(MOODS)}.",
+            ),
         ]
     )
 
 
+CARELESS = 0.6  # share of Countdown answers that just add the numbers up, whatever the target
+
+
 def problems(rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Countdown prompts and solutions from the training split: no test problem is ever seen."""
+    """Countdown prompts and answers from the training split: no test problem is ever seen.
+
+    Like much text that real models learn from, most answers are careless. The model can do better
+    than it usually does, and RL has to find out which habit pays.
+    """
     option = options(countdown.build)
-    ranges = [(option[f"{a}{b}"], option[f"{c}{d}"]) for a, b, c, d in (
-        ("min_", "count", "max_", "count"), ("", "low", "", "high"),
-        ("target_", "low", "target_", "high"))]
+    ranges = [
+        (option["min_count"], option["max_count"]),
+        (option["low"], option["high"]),
+        (option["target_low"], option["target_high"]),
+    ]
     draws = countdown.stream(rng, "train", *ranges, option["operators"])
     for numbers, target, gold in draws:
-        sample = countdown.make_sample(numbers, target, gold, option["template"])
+        careless = rng.random() < CARELESS
+        answer = " + ".join(map(str, numbers)) if careless else gold
+        sample = countdown.make_sample(numbers, target, answer, option["template"])
         yield sample.prompt, sample.gold

@@ -87,6 +87,7 @@ setup() ( # setup run|dev
     [ "$(cat ".venv/ready-$kind" 2>/dev/null)" != "$want" ] || exit 0
   done
   check_platform
+  [ ! -e .venv ] || say "bringing .venv up to date"
   quiet=--quiet
   [ ! -t 2 ] || quiet=
   [ "$1" = run ] || set -- "$1" --group dev

@@ -15,9 +15,10 @@ os.environ.update(
 )
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two test workers share two cores
 
-import mlx_lora  # noqa: F401  before any test imports mlx.core, so that OpenBLAS can come first
 import pytest
 from hypothesis import settings
+
+import mlx_lora  # noqa: F401  before any test imports mlx.core, so that OpenBLAS can come first
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")

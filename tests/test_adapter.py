@@ -153,7 +153,7 @@ def test_saved_adapter_loads_in_stock_mlx_lm_with_the_same_logits(tmp_path):
 def test_misfits_are_listed_all_at_once(tmp_path):
     model = tiny()
     files.save(model, attach(model, keys=["q_proj"]), tmp_path)
-    config, tensors = files.read(tmp_path)
+    _, tensors = files.read(tmp_path)
     del tensors["model.layers.0.self_attn.q_proj.lora_a"]
     tensors["model.layers.0.self_attn.q_proj.lora_b"] = mx.zeros((8, 7))
     tensors["model.layers.0.self_attn.x_proj.lora_b"] = mx.zeros((8, 7))

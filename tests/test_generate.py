@@ -1,4 +1,4 @@
-"""Decoding: forked = full prefill, batched = alone, and the stored log-probabilities are the true ones."""
+"""Decoding: forked = full prefill, batched = alone, and the stored log-probabilities are true."""
 
 import mlx.core as mx
 import numpy as np
@@ -120,5 +120,3 @@ def test_fork_keeps_rows_apart():
     one.update_and_fetch(mx.ones((3, 2, 1, 32)), mx.ones((3, 2, 1, 32)))
     assert np.array_equal(before, np.array(cache[0].keys[..., :3, :]))
     assert np.array_equal(np.array(one.keys[0, :, 1:4]), np.array(one.keys[1, :, 1:4]))
-
-

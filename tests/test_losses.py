@@ -45,7 +45,7 @@ def test_nothing_in_the_padding_can_overflow(name):
 
 
 def test_dapo_by_hand():
-    """Ratios 1.5, 1, 1 | 0.5; advantages 1, -0.5; clip [0.8, 1.28]; mean over 4 tokens (arXiv 2503.14476).
+    """Ratios 1.5, 1, 1 | 0.5; advantages 1, -0.5; clip [0.8, 1.28]; mean over 4 tokens.
 
     Row 1: min(1.5, 1.28) + 1 + 1 = 3.28. Row 2: min(0.5·-0.5, 0.8·-0.5) = -0.4. -(3.28 - 0.4) / 4.
     """
@@ -65,7 +65,9 @@ def test_grpo_by_hand():
 
 def off_policy() -> Batch:
     ratio = mx.array([[1.5, 1.0, 1.0], [0.5, 1.0, 1.0]])
-    return replace(BATCH, old_logps_BT=LOGPS - mx.log(ratio), sampler_logps_BT=LOGPS - mx.log(ratio))
+    return replace(
+        BATCH, old_logps_BT=LOGPS - mx.log(ratio), sampler_logps_BT=LOGPS - mx.log(ratio)
+    )
 
 
 def test_sampler_weight_is_truncated():

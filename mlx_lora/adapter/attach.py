@@ -46,7 +46,7 @@ def attach(
     if lora_layers(model):
         raise AdapterError("this model has LoRA layers already", "Load the model afresh.")
     found = expand_keys(model, keys)
-    depth = len(model.layers)
+    depth = len(blocks(model))
     num_layers = depth if not 0 < num_layers <= depth else num_layers
     parameters = {"rank": rank, "scale": scale, "dropout": dropout, "keys": found}
     model.freeze()
@@ -74,10 +74,17 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LORA_LAYERS)}
 
 
+def blocks(model: nn.Module) -> Sequence[Any]:
+    """The model's blocks, first to last: every model of mlx-lm has them as `layers`."""
+    layers = model.layers
+    assert layers is not None
+    return layers
+
+
 def linear_keys(model: nn.Module) -> list[str]:
     """Names, inside a block, of every linear layer of any block."""
     found: dict[str, None] = {}
-    for block in model.layers:
+    for block in blocks(model):
         for name, module in block.named_modules():
             if isinstance(module, LINEARS):
                 found[name] = None
@@ -141,7 +148,7 @@ def module_key(seed: int, name: str) -> mx.array:
 
 @contextlib.contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base: every scale is 0, which for finite factors is bitwise the base."""
+    """Inside, the model is its base: every scale is 0, bitwise the base if factors are finite."""
     layers = list(lora_layers(model).values())
     scales = [layer.scale for layer in layers]
     try:

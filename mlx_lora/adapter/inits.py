@@ -1,4 +1,4 @@
-"""Ways to start. Each is a function of a site and a key; `harmless` ones leave the logits bitwise equal."""
+"""Ways to start: functions of a site and a key. `harmless` ones leave the logits bitwise equal."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def harmless(function: Callable[..., Factors]) -> Callable[..., Factors]:
 @inits.add
 @harmless
 def zero(site: Site, key: mx.array) -> Factors:
-    """A ~ U(±1/sqrt(d_in)), B = 0: mlx-lm's own start, here asserted. Logits bitwise equal to base."""
+    """A ~ U(±1/sqrt(d_in)), B = 0: mlx-lm's own start, asserted. Logits bitwise equal to base."""
     bound = 1 / math.sqrt(site.in_dims)
     a_IR = mx.random.uniform(-bound, bound, (site.in_dims, site.rank), key=key)
     return Factors(a_IR, mx.zeros((site.rank, site.out_dims)))

@@ -1,4 +1,4 @@
-"""How the adapter's scale moves during training: functions of progress in [0, 1] giving a factor."""
+"""How the adapter's scale moves in training: functions of progress in [0, 1] giving a factor."""
 
 from collections.abc import Callable
 

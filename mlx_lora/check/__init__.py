@@ -6,7 +6,7 @@ from typing import Any
 
 
 class _Callable(ModuleType):
-    """`check` names both this folder and the public function; calling the folder is the function."""
+    """`check` names this folder and the public function; calling the folder is the function."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         from mlx_lora.check.gate import check

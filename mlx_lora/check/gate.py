@@ -51,7 +51,9 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         m = asdict(self.measured)
-        m["perplexity_ratio"] = ratio(self.measured.perplexity_adapted, self.measured.perplexity_base)
+        m["perplexity_ratio"] = ratio(
+            self.measured.perplexity_adapted, self.measured.perplexity_base
+        )
         return json_safe(
             {
                 "verdict": self.verdict,
@@ -152,9 +154,13 @@ def identity(m: Measured, expect: str, init: str | None) -> Gate:
         text = f"the init {init} claims bitwise equal logits, and they differ (KL {m.kl_mean:.2g})"
         return Gate("identity", "fail", m.kl_mean, text)
     if expect == "same" and init is not None:
-        text = f"the init {init} moves the model before training (KL {m.kl_mean:.2g} nats per token)"
+        text = (
+            f"the init {init} moves the model before training (KL {m.kl_mean:.2g} nats per token)"
+        )
         return Gate("identity", "warn", m.kl_mean, text)
-    return Gate("identity", "pass", m.kl_mean, f"outputs differ from the base's, KL {m.kl_mean:.3g}")
+    return Gate(
+        "identity", "pass", m.kl_mean, f"outputs differ from the base's, KL {m.kl_mean:.3g}"
+    )
 
 
 @gates.add
@@ -181,9 +187,18 @@ def agreement(
 
 
 @gates.add
-def reading(m: Measured, expect: str, init: str | None) -> Gate:
+def reading(
+    m: Measured,
+    expect: str,
+    init: str | None,
+    *,
+    warn: float = 1.02,
+    fail: float = 1.10,
+    trained_warn: float = 2.0,
+    trained_fail: float = 10.0,
+) -> Gate:
     """Perplexity on known-good text against the base's. A trained adapter is given more room."""
-    warn, fail = (1.02, 1.10) if expect == "same" else (2.0, 10.0)
+    warn, fail = (warn, fail) if expect == "same" else (trained_warn, trained_fail)
     change = ratio(m.perplexity_adapted, m.perplexity_base)
     text = (
         f"perplexity on known-good text went from {m.perplexity_base:.3g} to "
@@ -193,29 +208,51 @@ def reading(m: Measured, expect: str, init: str | None) -> Gate:
 
 
 @gates.add
-def uncertainty(m: Measured, expect: str, init: str | None) -> Gate:
+def uncertainty(
+    m: Measured,
+    expect: str,
+    init: str | None,
+    *,
+    low: float = 0.8,
+    high: float = 1.25,
+    trained_low: float = 0.25,
+    trained_high: float = 2.0,
+    noise: float = 0.8,
+) -> Gate:
     """Entropy of the next-token distribution: near ln(vocabulary) is noise, near 0 is collapse."""
-    ceiling = 0.8 * math.log(m.vocabulary)
     change = ratio(m.entropy_adapted, m.entropy_base)
     text = f"entropy went from {m.entropy_base:.3g} to {m.entropy_adapted:.3g} nats"
-    if not m.entropy_adapted < ceiling:
+    if not m.entropy_adapted < noise * math.log(m.vocabulary):
         return Gate("uncertainty", "fail", change, f"{text}, close to uniform noise")
-    low, high = (0.8, 1.25) if expect == "same" else (0.25, 2.0)
+    low, high = (low, high) if expect == "same" else (trained_low, trained_high)
     return Gate("uncertainty", "pass" if low <= change <= high else "warn", change, text)
 
 
 @gates.add
-def writing(m: Measured, expect: str, init: str | None) -> Gate:
+def writing(
+    m: Measured,
+    expect: str,
+    init: str | None,
+    *,
+    warn: float = 0.5,
+    fail: float = 2.0,
+    empty: float = 0.5,
+    repetitive_warn: float = 0.5,
+    repetitive_fail: float = 0.25,
+) -> Gate:
     """Samples under the same random numbers: does the base still understand what is written?"""
     excess = m.sample_nll_adapted - m.sample_nll_base
     text = (
         f"the base finds the adapted model's samples {m.sample_nll_adapted:.2f} nats per token "
         f"surprising, its own {m.sample_nll_base:.2f}"
     )
-    verdict = graded(excess, 0.5, 2.0)
-    if m.empty_adapted > 0.5:
+    verdict = graded(excess, warn, fail)
+    if m.empty_adapted > empty:
         verdict, text = "fail", f"{m.empty_adapted:.0%} of the samples are empty"
-    elif m.distinct_adapted < 0.5 * m.distinct_base:
-        verdict = "fail" if m.distinct_adapted < 0.25 * m.distinct_base else "warn"
-        text = f"samples repeat themselves: {m.distinct_adapted:.0%} distinct bigrams, base {m.distinct_base:.0%}"
+    elif m.distinct_adapted < repetitive_warn * m.distinct_base:
+        verdict = "fail" if m.distinct_adapted < repetitive_fail * m.distinct_base else "warn"
+        text = (
+            f"samples repeat themselves: {m.distinct_adapted:.0%} distinct bigrams, "
+            f"base {m.distinct_base:.0%}"
+        )
     return Gate("writing", verdict, excess, text)

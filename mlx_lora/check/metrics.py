@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +12,6 @@ from mlx_lora.adapter.attach import lora_layers, switched_off
 from mlx_lora.check.probes import Probes
 from mlx_lora.generate import generate, log_softmax
 from mlx_lora.models import Loaded, logits
-
 from mlx_lora.types import Rollout
 
 
@@ -64,7 +64,7 @@ def digest(array: mx.array) -> str:
 def measure(
     loaded: Loaded, probes: Probes, base_prints: Sequence[str], *, sample_tokens: int, seed: int
 ) -> Measured:
-    """Everything the gates look at. `base_prints` is the fingerprint of the model before attaching."""
+    """Everything the gates look at. `base_prints`: the model's fingerprint before attaching."""
     kls, nlls, entropies, agree, identical, restored = [], [], [], [], [], []
     vocabulary = 0
     for (ids, start), base_print in zip(probes.texts, base_prints, strict=True):
@@ -119,15 +119,13 @@ def is_finite(layer) -> bool:
 
 
 def sampling(loaded: Loaded, prompts: Sequence[str], max_tokens: int, seed: int) -> dict:
-    """Continuations by base and adapted model with the same random numbers, and what they look like."""
+    """Continuations by base and adapted model, with the same random numbers, and their looks."""
     with switched_off(loaded.model):
         base = flat(generate(loaded, prompts, max_tokens=max_tokens, seed=seed))
     adapted = flat(generate(loaded, prompts, max_tokens=max_tokens, seed=seed))
     with switched_off(loaded.model):
         surprise = [surprisal(loaded, rows) for rows in (base, adapted)]
-    pairs = [
-        SamplePair(p, b.text, a.text) for p, b, a in zip(prompts, base, adapted, strict=True)
-    ]
+    pairs = [SamplePair(p, b.text, a.text) for p, b, a in zip(prompts, base, adapted, strict=True)]
     return {
         "sample_nll_base": surprise[0],
         "sample_nll_adapted": surprise[1],
@@ -150,12 +148,13 @@ def surprisal(loaded: Loaded, rollouts: Sequence[Rollout]) -> float:
     for r in rollouts:
         ids = [*r.prompt_ids, *r.ids]
         logps_TV = log_softmax(logits(loaded.model, mx.array([ids]))[0, len(r.prompt_ids) - 1 : -1])
-        total -= mx.take_along_axis(logps_TV, mx.array(r.ids)[:, None], axis=-1).sum().item()
+        picked_T1 = mx.take_along_axis(logps_TV, mx.array(r.ids)[:, None], axis=-1)
+        total -= cast(float, picked_T1.sum().item())
         count += len(r.ids)
     return total / max(count, 1)
 
 
 def distinct(rollouts: Sequence[Rollout]) -> float:
-    """Distinct bigrams over bigrams, within each completion: 1 = no repetition. 1 when too short."""
+    """Distinct bigrams over bigrams in each completion: 1 = no repetition. 1 when too short."""
     pairs = [list(zip(r.ids, r.ids[1:], strict=False)) for r in rollouts]
     return sum(len(set(p)) for p in pairs) / max(sum(map(len, pairs)), 1) if any(pairs) else 1.0

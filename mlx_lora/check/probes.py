@@ -14,14 +14,14 @@ MAX_PROBE_TOKENS = 256
 
 @dataclass(frozen=True)
 class Probes:
-    """Texts as token ids with the index of the first token that is scored, and prompts to continue."""
+    """Texts as token ids with the index of the first token scored, and prompts to continue."""
 
     texts: list[tuple[list[int], int]]
     prompts: list[str]
 
 
 def read(loaded: Loaded, path: Path | None = None) -> Probes:
-    """Probes from a JSONL or text file; the built-in set for the embedded model, else a general one.
+    """Probes from a JSONL or text file; else the embedded model's own set, or a general one.
 
     JSONL rows: {"text": ...} is read whole, {"prompt": ..., "completion": ...} is read from the
     completion on, {"prompt": ...} is continued. A .txt file is one text per line.

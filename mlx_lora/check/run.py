@@ -34,8 +34,13 @@ def check_named(
         e = config.load(config.find(name), [])
         name, init, given, seed = e.model, e.init.name, dict(e.init.options), e.seed
         quantize = e.quantize.model_dump() if e.quantize else None
-        l = e.lora_parameters
-        lora = {"rank": l.rank, "scale": l.effective_scale, "keys": l.keys, "num_layers": e.num_layers}
+        asked = e.lora_parameters
+        lora = {
+            "rank": asked.rank,
+            "scale": asked.effective_scale,
+            "keys": asked.keys,
+            "num_layers": e.num_layers,
+        }
     inits.bind(init, given)
     loaded = models.load(name, quantize=quantize)
     return check(

@@ -21,7 +21,7 @@ def group_mean(rewards_PG: np.ndarray) -> np.ndarray:
 
 @advantages.add
 def group_std(rewards_PG: np.ndarray, *, epsilon: float = 1e-4) -> np.ndarray:
-    """Reward minus the group's mean over its std: up-weights easy and hard prompts. Source: GRPO, arXiv 2402.03300.
+    """group_mean over the std: up-weights easy and hard prompts. Source: GRPO, arXiv 2402.03300.
 
     >>> group_std(np.array([[1.0, 0.0]])).round(2)
     array([[ 1., -1.]])

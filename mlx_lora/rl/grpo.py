@@ -1,17 +1,19 @@
-"""Group-relative policy optimisation on the quantized model's own rollouts. One screen, no trainer class.
+"""Group-relative policy optimisation on the quantized model's own rollouts. No trainer class.
 
-Left out on purpose: a value function, a second model as reference, more than one update per rollout.
+Left out on purpose: a value function, a second model as reference, more than one update per
+rollout.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from mlx_lora.adapter.schedules import schedules, set_scale
 from mlx_lora.config import Experiment
 from mlx_lora.models import Loaded
 from mlx_lora.rl.advantages import advantages, zero_variance
@@ -37,15 +39,23 @@ def train(
     optimizer: optim.Optimizer,
     clock: Clock,
     report: Callable[[int, Metrics, Sequence[Group]], None],
-) -> None:
-    """Run `iters` steps, handing each step's metrics and groups to `report`."""
+    *,
+    start: int = 0,
+) -> Iterator[int]:
+    """Run the steps from `start` to `iters`, one at each `next`, yielding the step just done.
+
+    `report` gets its metrics and groups. Everything random is a function of (seed, step).
+    """
     model, e = loaded.model, experiment
     loss = losses.bind(e.grpo.loss, loss_options(e))
     advantage = advantages.bind(e.grpo.advantage, {})
+    schedule = e.scale_schedule and schedules.bind(e.scale_schedule.name, e.scale_schedule.options)
     samples = problems(task, e.iters * e.batch_size, e.seed)
     bad = 0
-    for step in range(e.iters):
+    for step in range(start, e.iters):
         optimizer.learning_rate = scheduled(e, step)
+        if schedule:
+            set_scale(model, e.lora_parameters.effective_scale * schedule(step / e.iters))
         with clock.measure("rollout", kind="step"):
             groups = rollout(
                 loaded,
@@ -71,6 +81,7 @@ def train(
                 f"{BAD_STEPS} updates in a row had a non-finite gradient, the last at step {step}; "
                 f"the learning rate was {e.learning_rate:g}"
             )
+        yield step
 
 
 def update(
@@ -95,7 +106,7 @@ def update(
         measure_kl=step % e.monitor.every == 0 or step == e.iters - 1,
     )
     norm, taken = apply(model, optimizer, grads, e.grpo.max_grad_norm)
-    return {k: v.item() for k, v in measured.items()} | {
+    return {k: cast(float, v.item()) for k, v in measured.items()} | {
         "grad_norm": norm,
         "update_taken": float(taken),
         "learning_rate": float(optimizer.learning_rate),

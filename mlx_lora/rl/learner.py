@@ -1,8 +1,8 @@
-"""From groups of rollouts to gradients: packing, log-probabilities of completion tokens, one update."""
+"""From rollouts to gradients: packing, log-probabilities of completion tokens, one update."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,7 +31,7 @@ class Packed:
 
     @property
     def tokens(self) -> int:
-        return int(self.mask_BT.sum().item())
+        return int(cast(float, self.mask_BT.sum().item()))
 
 
 def pack(rollouts: Sequence[Rollout], advantages_B: np.ndarray) -> Packed:
@@ -48,8 +48,14 @@ def pack(rollouts: Sequence[Rollout], advantages_B: np.ndarray) -> Packed:
         targets[row, :count] = r.ids
         mask[row, :count] = 1
         logps[row, :count] = r.logps
-    arrays = (mx.array(x) for x in (ids, at, targets, mask, logps))
-    return Packed(*arrays, mx.array(advantages_B.astype(np.float32)))
+    return Packed(
+        mx.array(ids),
+        mx.array(at),
+        mx.array(targets),
+        mx.array(mask),
+        mx.array(logps),
+        mx.array(advantages_B.astype(np.float32)),
+    )
 
 
 def completion_logps(
@@ -116,14 +122,15 @@ def gradients(
 def apply(
     model: nn.Module, optimizer: optim.Optimizer, grads: Any, max_norm: float
 ) -> tuple[float, bool]:
-    """Clip and update. Returns the gradient norm and whether the step was taken: not if non-finite."""
+    """Clip and update. Returns the gradient norm and whether the step was taken: only if finite."""
     clipped, norm = optim.clip_grad_norm(grads, max_norm)
     mx.eval(clipped, norm)
-    if not np.isfinite(norm.item()):
-        return norm.item(), False
+    length = cast(float, norm.item())
+    if not np.isfinite(length):
+        return length, False
     optimizer.update(model, clipped)
     mx.eval(model.trainable_parameters(), optimizer.state)
-    return norm.item(), True
+    return length, True
 
 
 def trainable_count(model: nn.Module) -> int:

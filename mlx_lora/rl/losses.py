@@ -1,4 +1,4 @@
-"""Policy losses: functions of a Batch, returning a scalar and metrics. Nothing here samples or logs."""
+"""Policy losses: functions of a Batch, returning a scalar and metrics. They never sample or log."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ losses: Table[Callable[..., tuple[mx.array, dict[str, mx.array]]]] = Table("loss
 def dapo(
     batch: Batch, *, clip_low: float = 0.2, clip_high: float = 0.28, is_cap: float = 2.0
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """Clipped ratio with a higher upper clip, mean over all tokens of the batch. Source: DAPO, arXiv 2503.14476."""
+    """Clipped ratio, higher upper clip, mean over all tokens. Source: DAPO, arXiv 2503.14476."""
     objective_BT, metrics = clipped(batch, clip_low, clip_high, is_cap)
     return -masked_mean(objective_BT, batch.mask_BT), metrics
 
@@ -23,9 +23,11 @@ def dapo(
 def grpo(
     batch: Batch, *, clip_low: float = 0.2, clip_high: float = 0.2, is_cap: float = 2.0
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """Clipped ratio, mean over each completion's tokens, then over completions. Source: GRPO, arXiv 2402.03300."""
+    """Clipped ratio, mean per completion, then over completions. Source: GRPO, arXiv 2402.03300."""
     objective_BT, metrics = clipped(batch, clip_low, clip_high, is_cap)
-    per_row_B = (objective_BT * batch.mask_BT).sum(axis=1) / mx.maximum(batch.mask_BT.sum(axis=1), 1)
+    per_row_B = (objective_BT * batch.mask_BT).sum(axis=1) / mx.maximum(
+        batch.mask_BT.sum(axis=1), 1
+    )
     return -per_row_B.mean(), metrics
 
 

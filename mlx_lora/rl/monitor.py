@@ -1,4 +1,4 @@
-"""What goes wrong in an RL run, named while it happens. A watcher is one function of the history."""
+"""What goes wrong in an RL run, named while it happens: a watcher is a function of the history."""
 
 from collections.abc import Callable, Sequence
 

@@ -35,9 +35,10 @@ class Matrix:
         """Some rows, dequantized."""
         if self.scales is None:
             return self.weight[start:stop].astype(mx.float32)
-        stored = (self.weight, self.scales, self.biases)
-        part = (None if m is None else m[start:stop] for m in stored)
-        return mx.dequantize(*part, **self.settings).astype(mx.float32)
+        cut = slice(start, stop)
+        biases = None if self.biases is None else self.biases[cut]
+        dense = mx.dequantize(self.weight[cut], self.scales[cut], biases, **self.settings)
+        return dense.astype(mx.float32)
 
     def times(self, x_I: np.ndarray) -> np.ndarray:
         """W x."""
@@ -105,14 +106,15 @@ def top_singular_values(
     start = weight.transposed(np.random.default_rng(0).standard_normal(weight.shape[0]))
     alphas, betas = [], []
     norm, v_KI[0] = unit(start.astype(np.float64))
-    theta_K, done = np.zeros(count), norm == 0
+    theta_K, done, check_at = np.zeros(count), norm == 0, 4
     while not done:
         k = len(alphas)
         alpha, u_KO[k] = unit(orthogonal(weight.times(v_KI[k]), u_KO[:k]))
         beta, v_KI[k + 1] = unit(orthogonal(weight.transposed(u_KO[k]), v_KI[: k + 1]))
         alphas, betas = [*alphas, alpha], [*betas, beta]
         done = len(alphas) == steps or beta == 0
-        if done or len(alphas) % max(4, k // 8) == 0:
+        if done or len(alphas) >= check_at:
+            check_at = len(alphas) + max(4, k // 8)
             left, theta_K, _ = np.linalg.svd(np.diag(alphas) + np.diag(betas[:-1], 1))
             residual = beta * np.abs(left[-1, :count]).max()
             done = done or (len(theta_K) >= count and residual <= tolerance * theta_K[0])

@@ -27,6 +27,28 @@ STYLE = {
     "xtick.color": QUIET,
     "ytick.color": QUIET,
 }
+CARDS = {  # what a picture says where there is nothing to draw
+    "untrained": (
+        "There is no spectrum, no rank and no dominance to show.",
+        "BA = 0 is how every harmless start looks before its first step: outputs equal the base's.",
+        "After a training it means that no gradient reached it, or that another one was saved.",
+    ),
+    "broken": (
+        "A factor that holds NaN or infinity has no spectrum, no rank and no dominance.",
+        "Every output that passes through it is lost.",
+        "Go back to the last good checkpoint; lower the learning rate or clip gradients.",
+    ),
+    "switched off": (
+        "A scale of 0 multiplies every update by nothing: outputs equal the base's.",
+        "A scale schedule that starts at 0 saves this before its first steps.",
+        "B and A get no gradient there either: start from a small scale instead.",
+    ),
+    "no base": (
+        "Dominance is σ_max(scale·BA) / σ_max(W): how loud the adapter is beside its base.",
+        "An adapter's files do not hold W.",
+        "Name the base model to see it:  mlx-lora spectrum ADAPTER --model MODEL",
+    ),
+}
 
 
 def blank(width: float, height: float, headline: str) -> "Figure":
@@ -34,7 +56,8 @@ def blank(width: float, height: float, headline: str) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
-    figure.text(0.15 / width, 1 - 0.12 / height, headline, va="top", size=12, weight="bold")
+    size = min(12, 72 * (width - 0.3) / (0.62 * len(headline)))  # a bold letter is 0.62 of its size
+    figure.text(0.15 / width, 1 - 0.12 / height, headline, va="top", size=size, weight="bold")
     return figure
 
 
@@ -55,13 +78,14 @@ def shades(depth: int) -> "ScalarMappable":
 
 
 def logarithmic(axis: "Axes", low: float, high: float, extra: list[float] | None = None) -> None:
-    """A log axis from low to high with plain numbers at the decades and at `extra`."""
+    """A log axis from low to high, plain numbers at `extra`, the decades, and within short ones."""
     from matplotlib.ticker import NullLocator
 
     axis.set_yscale("log")
+    within = (1, 2, 5) if high < 100 * low and not extra else (1,)
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = sorted({*(10.0**e for e in exponents), *(extra or [])})
-    ticks = [t for t in ticks if low <= t <= high]
+    marks = (*(m * 10.0**e for e in exponents for m in within), *(extra or ()))
+    ticks = [t for t in marks if low <= t <= high]
     axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axis.yaxis.set_minor_locator(NullLocator())
     axis.set_ylim(low, high)
@@ -70,7 +94,7 @@ def logarithmic(axis: "Axes", low: float, high: float, extra: list[float] | None
 def whole_numbers(axis: "Axis", most: int = 8) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True, nbins=most))
+    axis.set_major_locator(MaxNLocator(integer=True, nbins=most, min_n_ticks=1))
 
 
 def card(headline: str, lines: Sequence[str]) -> "Figure":

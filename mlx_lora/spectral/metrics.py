@@ -106,7 +106,7 @@ def k95(s_R: np.ndarray) -> float:
 def k99(s_R: np.ndarray) -> float:
     """The fewest directions that hold 99 % of the energy Σσ², in [1, R].
 
-    >>> k99(np.array([10.0, 1.0, 0.1]))
+    >>> k99(np.array([9.0, 1.0, 0.1]))
     2
     """
     return directions_for(s_R, 0.99)

@@ -3,11 +3,12 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlx_lora.spectral.canvas import (
+    CARDS,
     HEADLINE,
     INK,
     QUIET,
@@ -31,6 +32,7 @@ from mlx_lora.spectral.metrics import (
     LoRAReport,
 )
 from mlx_lora.spectral.spectrum import kinds, places
+from mlx_lora.spectral.structure import finding
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,24 +50,8 @@ BANDS = (  # upper edge, colour, what the update is to the base
     (CRITICAL, "#fbdfc0", "dominating"),
     (math.inf, "#f6c6bf", "critical"),
 )
+BLACK = (0.13, 0.13, 0.13, 1.0)
 DECADES = 4  # singular values further below the largest are not worth the paper
-CARDS = {  # what a picture says where there is nothing to draw
-    "untrained": (
-        "There is no spectrum, no rank and no dominance to show.",
-        "BA = 0 is how every harmless start looks before its first step: outputs equal the base's.",
-        "After a training it means that no gradient reached it, or that another one was saved.",
-    ),
-    "broken": (
-        "A factor that holds NaN or infinity has no spectrum, no rank and no dominance.",
-        "Every output that passes through it is lost.",
-        "Go back to the last good checkpoint; lower the learning rate or clip gradients.",
-    ),
-    "no base": (
-        "Dominance is σ_max(scale·BA) / σ_max(W): how loud the adapter is beside its base.",
-        "An adapter's files do not hold W.",
-        "Name the base model to see it:  mlx-lora spectrum ADAPTER --model MODEL",
-    ),
-}
 
 
 def draw(report: LoRAReport) -> dict[str, bytes]:
@@ -73,6 +59,7 @@ def draw(report: LoRAReport) -> dict[str, bytes]:
     import matplotlib
 
     statuses = {m.status for m in report.adapters.values()}
+    scales = {m.effective_lr_scale for m in report.adapters.values()}
     drawn = {"singular_values": curves, "effective_rank": ranks, "dominance": dominance}
     pictures = {}
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
@@ -80,7 +67,9 @@ def draw(report: LoRAReport) -> dict[str, bytes]:
             if "trained" not in statuses:
                 why = "broken" if "non_finite" in statuses else "untrained"
                 figure = card(f"The adapter {finding(report)}", CARDS[why])
-            elif name == "dominance" and report.structural.scaled_per_layer_dominance is None:
+            elif scales == {0.0}:
+                figure = card("The adapter is switched off: its scale is 0", CARDS["switched off"])
+            elif name == "dominance" and not loud(report):
                 figure = card("Dominance is not known without the base model", CARDS["no base"])
             else:
                 figure = picture(report)
@@ -88,22 +77,10 @@ def draw(report: LoRAReport) -> dict[str, bytes]:
     return pictures
 
 
-def finding(report: LoRAReport) -> str:
-    """What the adapter does with its rank; reads on from "The adapter …"."""
-    adapters = report.adapters.values()
-    count = {
-        s: sum(m.status == s for m in adapters) for s in ("trained", "untrained", "non_finite")
-    }
-    others = [f"{n} {s.replace('_', '-')}" for s, n in count.items() if n and s != "trained"]
-    if not count["trained"]:
-        if count["non_finite"]:
-            return f"is broken: {' and '.join(others)} of {len(adapters)} modules"
-        return f"is untrained: BA = 0 in all {len(adapters)} modules"
-    used = [m for m in adapters if m.effective_rank_BA is not None]
-    average = np.mean([m.effective_rank_BA for m in used])
-    paid = np.mean([m.nominal_rank for m in used])
-    text = f"uses {average:.1f} of {paid:.3g} ranks on average"
-    return text + (f" ({' and '.join(others)} of {len(adapters)} modules)" if others else "")
+def loud(report: LoRAReport) -> dict[str, float]:
+    """Scaled dominance of the modules that have one above 0; nothing without a base."""
+    known = report.structural.scaled_per_layer_dominance or {}
+    return {name: ratio for name, ratio in known.items() if ratio}
 
 
 def curves(report: LoRAReport) -> "Figure":
@@ -112,13 +89,13 @@ def curves(report: LoRAReport) -> "Figure":
     panels, found = kinds(where), defaultdict(list)
     for name, (layer, kind) in where.items():
         m = report.adapters[name]
-        if m.k90:  # trained
+        if m.k90 and m.effective_lr_scale:  # trained, and not switched off
             s = abs(m.effective_lr_scale) * np.array(m.singular_values)
             found[kind].append((layer, s, m.k90))
     depth = max((layer or 0 for layer, _ in where.values()), default=0)
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    width, height = 2.5 * columns + (1.7 if depth else 0.9), 2.1 * rows + 1.05
+    width, height = max(6.5, 2.5 * columns + (1.7 if depth else 0.9)), 2.1 * rows + 1.05
     figure = blank(width, height, f"The adapter {finding(report)}")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     figure.subplots_adjust(
@@ -135,7 +112,7 @@ def curves(report: LoRAReport) -> "Figure":
     top, longest = max(s[0] for s in every), max(map(len, every))
     low = max(min(s[s > 0].min() for s in every), top / 10**DECADES)
     logarithmic(axes[0], low / 1.6, top * 1.6)
-    axes[0].set_xlim(1 - 0.05 * longest, 1.05 * longest)
+    axes[0].set_xlim(0.6, longest + 0.4)
     whole_numbers(axes[0].xaxis)
     if depth:
         box = inches(figure, width - 0.75, 0.62, 0.12, height - HEADLINE - 0.82)
@@ -156,7 +133,7 @@ def panel(axis: "Axes", kind: str, some: list, depth: int) -> None:
         axis.text(0.5, 0.5, "untrained", transform=axis.transAxes, ha="center", color=QUIET)
         return
     shade = shades(depth)
-    colours = [INK if layer is None else shade.to_rgba(layer) for layer, _, _ in some]
+    colours = np.array([shade.to_rgba(layer) if layer is not None else BLACK for layer, *_ in some])
     lines = [np.column_stack([np.arange(1, len(s) + 1), s]) for _, s, _ in some]
     axis.add_collection(LineCollection(lines, colors=colours, linewidths=1.3, alpha=0.9))
     dots = np.array([(k, s[k - 1]) for _, s, k in some])
@@ -172,17 +149,19 @@ def ranks(report: LoRAReport) -> "Figure":
         cells[where[name]].append(m)
     rows = sorted({layer for layer, _ in where.values()}, key=lambda i: (i is None, i))
     across, down = max(0.95 * len(columns), 4.6), 0.26 * len(rows)
-    figure = blank(across + 1.9, down + 2.3, f"The adapter {finding(report)}")
-    axis = inches(figure, 0.7, 0.4, across, down)
+    below = 0.55 if any("." in kind for kind in columns) else 0.4
+    figure = blank(across + 1.9, down + below + 1.9, f"The adapter {finding(report)}")
+    axis = inches(figure, 0.7, below, across, down)
     image = heat(axis, [[cells[row, kind] for kind in columns] for row in rows])
     axis.set_yticks(range(len(rows)), ["none" if r is None else str(r) for r in rows])
-    axis.set_xticks(range(len(columns)), columns)
+    axis.set_xticks(range(len(columns)), [kind.replace(".", ".\n") for kind in columns])
     axis.set_ylabel("block")
     axis.tick_params(length=0)
     by_kind = [[m for row in rows for m in cells[row, kind]] for kind in columns]
-    bars(inches(figure, 0.7, down + 0.6, across, 1.1), by_kind, axis.get_xlim())
-    tall = min(down, 2.0)
-    bar = figure.colorbar(image, cax=inches(figure, across + 0.85, 0.4 + down - tall, 0.12, tall))
+    bars(inches(figure, 0.7, down + below + 0.2, across, 1.1), by_kind, axis.get_xlim())
+    tall = min(max(down, 1.6), 2.0)
+    box = inches(figure, across + 0.85, below + max(0.0, down - tall), 0.12, tall)
+    bar = figure.colorbar(image, cax=box)
     bar.ax.axhline(LOW_UTILIZATION, color=WARNING, lw=2)
     ticks = [0, LOW_UTILIZATION, 0.5, 0.75, 1]
     bar.set_ticks(ticks, labels=[f"{t:.0%}" for t in ticks])
@@ -198,8 +177,8 @@ def heat(axis: "Axes", grid: list[list[list[LoRAAdapterMetrics]]]) -> "AxesImage
         used = [m for m in here if m.effective_rank_BA is not None]
         text, ink = "–" if here else "", QUIET
         if used:
-            share[y, x] = np.mean([m.rank_utilization for m in used])
-            text = f"{np.mean([m.effective_rank_BA for m in used]):.1f}"
+            share[y, x] = np.mean([m.rank_utilization or 0.0 for m in used])
+            text = f"{np.mean([m.effective_rank_BA or 0.0 for m in used]):.1f}"
             low = share[y, x] < LOW_UTILIZATION
             ink = "white" if share[y, x] > 0.6 else WARNING if low else INK
         if any(m.status == "non_finite" for m in here):
@@ -213,7 +192,7 @@ def bars(axis: "Axes", by_kind: list, xlim: tuple[float, float]) -> None:
     """Mean effective rank inside the mean nominal rank, for each kind of module."""
     for x, some in enumerate(by_kind):
         used = [m.effective_rank_BA for m in some if m.effective_rank_BA is not None]
-        paid, mean = np.mean([m.nominal_rank for m in some]), np.mean(used or [0.0])
+        paid, mean = float(np.mean([m.nominal_rank for m in some])), float(np.mean(used or [0.0]))
         axis.bar(x, paid, width=0.66, color=UNUSED)
         axis.bar(x, mean, width=0.66, color=USED)
         label = f"{mean:.1f} of {paid:.3g}" if used else f"– of {paid:.3g}"
@@ -227,32 +206,43 @@ def bars(axis: "Axes", by_kind: list, xlim: tuple[float, float]) -> None:
 def dominance(report: LoRAReport) -> "Figure":
     """σ_max(scale·BA)/σ_max(W) by block, a line per kind, on the bands that say what it means."""
     where = places(report.adapters)
-    ratios = {n: d for n, d in (report.structural.scaled_per_layer_dominance or {}).items() if d}
+    ratios = loud(report)
     loudest, outside = by_block(ratios, where)
     layer, kind = where[max(ratios, key=lambda n: ratios[n])]
     most = max(ratios.values())
     word = next(word for edge, _, word in BANDS if most <= edge)
     at = kind if layer is None else f"{kind} of block {layer}"
     names = [kind for kind in kinds(where) if loudest[kind]]
-    figure = blank(8.6, 4.5, f"Loudest at {most:.2g} of the base, in {at}: {word}")
-    axis = inches(figure, 0.75, 0.95, 6.9, 4.5 - HEADLINE - 1.0)
-    low, high = max(min(0.02, min(ratios.values()) / 1.5), 1e-5), max(0.75, most * 1.4)
+    wide = [len(name) + 6 for name in names]  # of the legend's entries, in letters; a row holds 112
+    across = len(names) if sum(wide) <= 112 else max(1, 112 // max(wide))
+    below = 0.75 + 0.2 * math.ceil(len(names) / across)
+    figure = blank(8.6, 3.6 + below, f"Loudest at {most:.2g} of the base, in {at}: {word}")
+    axis = inches(figure, 0.75, below, 6.9, 3.1)
+    low, high = (
+        max(min(0.02, min(ratios.values()) / 1.5), min(most, 0.02) / 1e4),
+        max(0.75, most * 1.4),
+    )
     for (lower, *_), (upper, colour, word) in zip([(low,), *BANDS], BANDS, strict=False):
         lower, upper = max(lower, low), min(upper, high)
         axis.axhspan(lower, upper, color=colour, lw=0)
-        beside = {"xycoords": axis.get_yaxis_transform(), "va": "center", "color": QUIET}
+        beside: dict[str, Any] = {
+            "xycoords": axis.get_yaxis_transform(),
+            "va": "center",
+            "color": QUIET,
+        }
         axis.annotate(word, (1.01, math.sqrt(lower * upper)), **beside)
     many = max(map(len, loudest.values())) > 12
     for i, kind in enumerate(names):
         xs = sorted(loudest[kind])
-        look = {"color": COLOURS[i % 8], "marker": MARKERS[(i + i // 8) % 8]}
+        look: dict[str, Any] = {"color": COLOURS[i % 8], "marker": MARKERS[(i + i // 8) % 8]}
         look |= {"markersize": 3.5 if many else 5, "linewidth": 0.9 if many else 1.4}
         axis.plot(xs, [loudest[kind][x] for x in xs], label=kind, **look)
     logarithmic(axis, low, high, extra=[edge for edge, *_ in BANDS[:-1]])
     note = f" ({', '.join(outside)} after the last)" if outside else ""
     axis.set(xlabel=f"block{note}", ylabel="σ_max(scale·BA) / σ_max(W)")
+    axis.set_xlim(-0.4, max(max(xs) for xs in loudest.values()) + 0.4)
     whole_numbers(axis.xaxis)
-    figure.legend(loc="lower center", ncols=min(8, len(names)), frameon=False, columnspacing=1.2)
+    figure.legend(loc="lower center", ncols=across, frameon=False, columnspacing=1.2)
     return figure
 
 

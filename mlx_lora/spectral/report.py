@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -15,11 +14,12 @@ from mlx_lora import models
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import lora_layers
 from mlx_lora.errors import AdapterError, RunError, near
+from mlx_lora.runlog import atomically
 from mlx_lora.spectral import base, plots
 from mlx_lora.spectral.alerts import find
 from mlx_lora.spectral.metrics import CRITICAL, DOMINATING, LOW_UTILIZATION, LoRAReport
-from mlx_lora.spectral.spectrum import Pair, kinds, measure, pairs, places, split_expert
-from mlx_lora.spectral.structure import structure, suggested_rank
+from mlx_lora.spectral.spectrum import Pair, kinds, measure, natural, pairs, places, split_expert
+from mlx_lora.spectral.structure import finding, structure, suggested_rank
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -43,16 +43,16 @@ class LoRAAnalyzer:
 
     def analyze(self, *, alerts: Mapping[str, Mapping[str, Any]] | None = None) -> LoRAReport:
         """Every metric and finding. `alerts` are options by alert name."""
-        found = list(self.read())
+        found = sorted(self.read(), key=lambda pair: natural(pair.name))
         if self.model is not None:
             self.measure_bases(found)
         adapters = {pair.name: measure(pair) for pair in found}
-        for name, (_, frobenius) in self._bases.items():
-            m = adapters[name]
+        sigmas = None if self.model is None else {n: self._bases[n][0] for n in adapters}
+        for name, m in adapters.items() if sigmas else ():
+            frobenius = self._bases[name][1]
             if m.frobenius_BA is not None and frobenius:
-                update = m.effective_lr_scale * m.frobenius_BA / frobenius
+                update = abs(m.effective_lr_scale) * m.frobenius_BA / frobenius
                 adapters[name] = replace(m, scaled_relative_update=update)
-        sigmas = None if self.model is None else {n: s for n, (s, _) in self._bases.items()}
         report = LoRAReport(
             adapters, structure(adapters, sigmas), suggested_rank=suggested_rank(adapters)
         )
@@ -138,9 +138,8 @@ def write(report: LoRAReport, folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in contents.items():
-            part = folder / f".part.{name}"
-            part.write_bytes(data)
-            os.replace(part, folder / name)
+            with atomically(folder / name) as part:
+                part.write_bytes(data)
     except OSError as error:
         raise RunError(f"cannot write the report to {folder}: {error}") from error
     return [folder / name for name in contents]
@@ -158,12 +157,13 @@ def table(report: LoRAReport) -> "RenderableType":
         cells[layer, kind].append(name)
     ranks = sorted({m.nominal_rank for m in report.adapters.values()})
     title = f"effective rank, of {'/'.join(map(str, ranks))}"
-    if report.structural.scaled_per_layer_dominance:
-        title += " · dominance at scale"
+    base_known = bool(report.structural.scaled_per_layer_dominance)
+    title += " · dominance at scale" if base_known else ""
     grid = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
-    grid.add_column("block", justify="right")
+    grid.add_column("block", justify="right", min_width=5)
     for kind in columns:
-        grid.add_column(kind.removesuffix("_proj"), justify="right", no_wrap=True)
+        short = kind.removesuffix("_proj")
+        grid.add_column(short, justify="right", overflow="fold", min_width=7 if base_known else 4)
     for layer in sorted({layer for layer, _ in where.values()}, key=lambda i: (i is None, i)):
         row = [cell(report, cells[layer, kind]) for kind in columns]
         grid.add_row("–" if layer is None else str(layer), *row)
@@ -194,9 +194,12 @@ def cell(report: LoRAReport, names: list[str]) -> str:
 
 def summary(report: LoRAReport) -> list[str]:
     """What the table amounts to: the ranks used, the rank to take, each alert with its count."""
-    lines = [f"The adapter {plots.finding(report)}."]
+    lines = [f"The adapter {finding(report)}."]
     if report.suggested_rank is not None:
-        lines.append(f"Rank {report.suggested_rank} would hold every module.")
+        paid = max(m.nominal_rank for m in report.adapters.values())
+        more = f"A module uses nearly all of its rank: try rank {report.suggested_rank}."
+        enough = f"Rank {report.suggested_rank} holds what every module uses."
+        lines.append(more if report.suggested_rank > paid else enough)
     worst = report.structural.scaled_max_dominance
     if report.structural.scaled_per_layer_dominance is None:
         lines.append("Dominance is not known without the base model.")

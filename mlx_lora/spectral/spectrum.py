@@ -52,12 +52,16 @@ def ba_singular_values(a_IR: np.ndarray, b_RO: np.ndarray) -> np.ndarray:
 def measure(pair: Pair) -> LoRAAdapterMetrics:
     """Every metric of one adapted matrix that needs no base."""
     rank = pair.a_IR.shape[1]
-    about = {"nominal_rank": rank, "alpha": pair.scale * rank, "effective_lr_scale": pair.scale}
+    about: dict[str, Any] = {
+        "nominal_rank": rank,
+        "alpha": pair.scale * rank,
+        "effective_lr_scale": pair.scale,
+    }
     finite = np.isfinite(pair.a_IR).all() and np.isfinite(pair.b_RO).all()
     if not (finite and math.isfinite(pair.scale)):
         return without_numbers(about)
     s_ba, s_a, s_b = spectra(pair.a_IR, pair.b_RO)
-    found = {name: real(metrics[name](s_ba)) for name in metrics}
+    found: dict[str, Any] = {name: real(metrics[name](s_ba)) for name in metrics}
     effective = found.pop("effective_rank")
     (kappa_a, status_a), (kappa_b, status_b) = kappa(s_a, pair.eps), kappa(s_b, pair.eps)
     return LoRAAdapterMetrics(
@@ -83,7 +87,7 @@ def without_numbers(about: Mapping[str, Any]) -> LoRAAdapterMetrics:
     absent = ("effective_rank_BA", "effective_rank_A", "effective_rank_B", "rank_utilization")
     absent += ("kappa_A", "kappa_B", "sigma_max_BA", "frobenius_BA")
     status = dict.fromkeys(("status", "kappa_A_status", "kappa_B_status"), "non_finite")
-    return LoRAAdapterMetrics(**about, **dict.fromkeys(absent), **status)  # type: ignore[arg-type]
+    return LoRAAdapterMetrics(**about, **dict.fromkeys(absent), **status)
 
 
 def real(value: float) -> float | None:
@@ -156,6 +160,15 @@ def split_expert(name: str) -> tuple[str, int | None]:
     """
     match = re.fullmatch(r"(.+)\[(\d+)\]", name)
     return (match[1], int(match[2])) if match else (name, None)
+
+
+def natural(name: str) -> list[str | int]:
+    """A sort key that puts block 10 after block 9.
+
+    >>> sorted(["layers.10.q", "layers.9.q"], key=natural)
+    ['layers.9.q', 'layers.10.q']
+    """
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def places(names: Iterable[str]) -> dict[str, tuple[int | None, str]]:

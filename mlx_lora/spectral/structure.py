@@ -6,9 +6,12 @@ from mlx_lora.spectral.metrics import (
     DOMINATING,
     ILL_CONDITIONED,
     LoRAAdapterMetrics,
+    LoRAReport,
     LoRAStructuralMetrics,
     rank_for,
 )
+
+SATURATED = 0.90  # utilisation above which more rank may be of use
 
 
 def structure(
@@ -62,12 +65,16 @@ def health(
 def suggested_rank(adapters: Mapping[str, LoRAAdapterMetrics]) -> int | None:
     """The rank that would hold every module: `rank_for` the largest effective rank of BA.
 
-    None where nothing is trained or a module is not finite: such an adapter says nothing of rank.
+    More than the present rank only where a module uses 90 % of it. None where nothing is trained or
+    a module is not finite: such an adapter says nothing of rank.
     """
-    statuses = {m.status for m in adapters.values()}
-    if "trained" not in statuses or "non_finite" in statuses:
+    trained = [m for m in adapters.values() if m.status == "trained"]
+    if not trained or any(m.status == "non_finite" for m in adapters.values()):
         return None
-    return rank_for(max(m.effective_rank_BA or 0.0 for m in adapters.values()))
+    wanted = rank_for(max(m.effective_rank_BA or 0.0 for m in trained))
+    if any((m.rank_utilization or 0.0) >= SATURATED for m in trained):
+        return wanted
+    return min(wanted, max(m.nominal_rank for m in trained))
 
 
 def ratio(value: float | None, to: float) -> float | None:
@@ -84,3 +91,21 @@ def mean(values: Mapping[str, float | None]) -> float | None:
 
 def greatest(values: Mapping[str, float | None]) -> float | None:
     return max(known(values), default=None)
+
+
+def finding(report: LoRAReport) -> str:
+    """What the adapter does with its rank; reads on from "The adapter …"."""
+    adapters = report.adapters.values()
+    count = {
+        s: sum(m.status == s for m in adapters) for s in ("trained", "untrained", "non_finite")
+    }
+    others = [f"{n} {s.replace('_', '-')}" for s, n in count.items() if n and s != "trained"]
+    if not count["trained"]:
+        if count["non_finite"]:
+            return f"is broken: {' and '.join(others)} of {len(adapters)} modules"
+        return f"is untrained: BA = 0 in all {len(adapters)} modules"
+    used = [m for m in adapters if m.effective_rank_BA is not None]
+    average = sum(m.effective_rank_BA or 0.0 for m in used) / len(used)
+    paid = sum(m.nominal_rank for m in used) / len(used)
+    text = f"uses {average:.1f} of {paid:.3g} ranks on average"
+    return text + (f" ({' and '.join(others)} of {len(adapters)} modules)" if others else "")

@@ -76,7 +76,7 @@ def build(
     return Task(
         load=load,
         reward=partial(reward, partial_credit=partial_credit),
-        first=make_sample([7, 23, 25], 41, "25 + 23 - 7", template),
+        first=make_sample([7, 25], 18, "25 - 7", template),
         wrong=f"{OPEN} 1 {CLOSE}",
         stop=CLOSE,
     )

@@ -1,0 +1,179 @@
+"""The check: harmless starts pass, known-bad ones do not, every gate can speak both ways."""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from mlx_lora import models
+from mlx_lora.adapter import files
+from mlx_lora.adapter.attach import attach, lora_layers
+from mlx_lora.check import gate, probes
+from mlx_lora.check.metrics import Measured
+from mlx_lora.errors import ConfigError
+
+KEYS = {
+    "verdict", "reasons", "bitwise_identical", "kl_mean", "kl_p99", "top1_agreement",
+    "perplexity_base", "perplexity_adapted", "perplexity_ratio", "entropy_base", "entropy_adapted",
+    "samples", "seconds",
+}  # fmt: skip
+
+
+def demo(**options):
+    return models.load("demo", **options)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_zero_start_passes_bitwise(bits):
+    report = gate.check(demo(quantize={"bits": bits, "group_size": 64, "mode": "affine"}))
+    document = report.to_json()
+    assert report.verdict == "pass"
+    assert document["bitwise_identical"] and document["kl_mean"] == 0.0
+    assert document["top1_agreement"] == 1.0 and document["perplexity_ratio"] == 1.0
+    assert document.keys() >= KEYS
+    assert all(s["base"] == s["adapted"] for s in document["samples"])
+    json.dumps(document, allow_nan=False)
+
+
+@pytest.mark.parametrize(("std", "verdicts"), [(1e-6, {"warn"}), (0.3, {"fail"})])
+def test_a_gaussian_start_never_gets_better_than_warn(std, verdicts):
+    report = gate.check(demo(), init="gaussian", init_options={"std": std})
+    assert report.verdict in verdicts
+    assert any("gaussian" in r for r in report.reasons)
+
+
+def test_an_untrained_adapter_from_disk_is_named(tmp_path):
+    loaded = demo()
+    files.save(loaded.model, attach(loaded.model), tmp_path)
+    report = gate.check(demo(), adapter=tmp_path)
+    assert report.verdict == "warn" and "untrained" in report.reasons[0]
+    assert gate.check(demo(), adapter=tmp_path, expect="changed").verdict == "fail"
+    assert gate.check(demo(), adapter=tmp_path, expect="same").verdict == "pass"
+
+
+def spoiled(tmp_path, change):
+    """An adapter folder whose factors went through `change(layer)`."""
+    loaded = demo()
+    config = attach(loaded.model, init="gaussian", init_options={"std": 0.02})
+    for layer in lora_layers(loaded.model).values():
+        change(layer)
+    files.save(loaded.model, config, tmp_path)
+    return gate.check(demo(), adapter=tmp_path)
+
+
+def test_nan_and_a_wrong_scale_fail_and_a_small_adapter_is_healthy(tmp_path):
+    def nan(layer):
+        layer.lora_b = layer.lora_b * mx.array(float("nan"))
+
+    def loud(layer):
+        layer.scale = 500.0
+
+    assert spoiled(tmp_path / "small", lambda layer: None).verdict == "pass"
+    report = spoiled(tmp_path / "nan", nan)
+    assert report.verdict == "fail" and "NaN" in report.reasons[0]
+    document = report.to_json()
+    json.dumps(document, allow_nan=False)
+    assert document["kl_mean"] is None and document["perplexity_adapted"] is None
+    assert spoiled(tmp_path / "loud", loud).verdict == "fail"
+
+
+GOOD = Measured(
+    bitwise_identical=True,
+    off_restores_base=True,
+    kl_mean=0.0,
+    kl_p99=0.0,
+    top1_agreement=1.0,
+    perplexity_base=2.0,
+    perplexity_adapted=2.0,
+    entropy_base=1.0,
+    entropy_adapted=1.0,
+    vocabulary=1024,
+    sample_nll_base=1.0,
+    sample_nll_adapted=1.0,
+    distinct_base=0.9,
+    distinct_adapted=0.9,
+    ended_base=1.0,
+    ended_adapted=1.0,
+    empty_adapted=0.0,
+    b_norm=0.0,
+    non_finite=[],
+    dropout=0.0,
+)
+CHANGED = replace(GOOD, bitwise_identical=False, b_norm=1.0)
+SPEAK = [  # gate, measured, expectation, verdict
+    ("structure", GOOD, "same", "pass"),
+    ("structure", replace(GOOD, non_finite=["q"]), "same", "fail"),
+    ("structure", replace(GOOD, off_restores_base=False), "same", "fail"),
+    ("structure", replace(GOOD, dropout=0.1), "same", "warn"),
+    ("identity", GOOD, "same", "pass"),
+    ("identity", GOOD, "healthy", "warn"),
+    ("identity", GOOD, "changed", "fail"),
+    ("identity", CHANGED, "same", "fail"),
+    ("identity", CHANGED, "changed", "pass"),
+    ("divergence", replace(CHANGED, kl_mean=1e-3), "same", "pass"),
+    ("divergence", replace(CHANGED, kl_mean=1.1e-3), "same", "warn"),
+    ("divergence", replace(CHANGED, kl_mean=0.11), "same", "fail"),
+    ("divergence", replace(CHANGED, kl_mean=float("nan")), "same", "fail"),
+    ("agreement", replace(CHANGED, top1_agreement=0.985), "same", "pass"),
+    ("agreement", replace(CHANGED, top1_agreement=0.97), "same", "warn"),
+    ("agreement", replace(CHANGED, top1_agreement=0.89), "same", "fail"),
+    ("reading", replace(CHANGED, perplexity_adapted=2.03), "same", "pass"),
+    ("reading", replace(CHANGED, perplexity_adapted=2.1), "same", "warn"),
+    ("reading", replace(CHANGED, perplexity_adapted=2.3), "same", "fail"),
+    ("reading", replace(CHANGED, perplexity_adapted=3.9), "healthy", "pass"),
+    ("reading", replace(CHANGED, perplexity_adapted=float("inf")), "healthy", "fail"),
+    ("uncertainty", replace(CHANGED, entropy_adapted=1.2), "same", "pass"),
+    ("uncertainty", replace(CHANGED, entropy_adapted=1.3), "same", "warn"),
+    ("uncertainty", replace(CHANGED, entropy_adapted=0.1), "healthy", "warn"),
+    ("uncertainty", replace(CHANGED, entropy_adapted=5.6), "healthy", "fail"),
+    ("uncertainty", replace(CHANGED, entropy_adapted=float("nan")), "healthy", "fail"),
+    ("writing", replace(CHANGED, sample_nll_adapted=1.4), "healthy", "pass"),
+    ("writing", replace(CHANGED, sample_nll_adapted=1.6), "healthy", "warn"),
+    ("writing", replace(CHANGED, sample_nll_adapted=3.1), "healthy", "fail"),
+    ("writing", replace(CHANGED, empty_adapted=0.6), "healthy", "fail"),
+    ("writing", replace(CHANGED, distinct_adapted=0.4), "healthy", "warn"),
+    ("writing", replace(CHANGED, distinct_adapted=0.1), "healthy", "fail"),
+]
+
+
+@pytest.mark.parametrize(("name", "measured", "expect", "verdict"), SPEAK)
+def test_every_gate_speaks_at_its_boundary(name, measured, expect, verdict):
+    assert gate.gates[name](measured, expect, "zero").verdict == verdict
+
+
+def test_every_gate_is_tested_quiet_and_speaking():
+    for name in gate.gates:
+        said = {verdict for n, _, _, verdict in SPEAK if n == name}
+        assert "pass" in said and len(said) > 1, name
+
+
+def test_an_expectation_that_is_none_is_an_error():
+    with pytest.raises(ConfigError, match="sane"):
+        gate.check(demo(), expect="sane")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json\n", ":1: not JSON"),
+        ('{"text": "a b"}\n[1]\n', ":2: a row is an object"),
+        ('{"txet": "a"}\n', ":1: a row needs"),
+        ('{"text": "a b c"}\n', "need both"),
+        ("", "need both"),
+    ],
+)
+def test_bad_prompt_files_name_the_line(tmp_path, text, message):
+    path = tmp_path / "probes.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        probes.read(demo(), path)
+
+
+def test_prompt_files_of_both_kinds_and_the_general_set_are_read(tmp_path):
+    lines = tmp_path / "probes.txt"
+    lines.write_text("Anna went to the park.\n\nThen they all went home.\n")
+    found = probes.read(demo(), lines)
+    assert len(found.texts) == len(found.prompts) == 2
+    general = probes.read(demo(), probes.ASSETS / "check_general.jsonl")
+    assert len(general.texts) >= 8 and len(general.prompts) >= 4

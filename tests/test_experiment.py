@@ -1,0 +1,124 @@
+"""A whole experiment: resumed equals uninterrupted, and what a file says is what happens."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_lora import config, experiment
+from mlx_lora.adapter import files
+from mlx_lora.errors import ConfigError, RunError
+from mlx_lora.plan import plan
+from mlx_lora.progress import console
+from mlx_lora.rl import grpo
+
+YAML = """
+model: demo
+method: grpo
+task: countdown
+iters: 5
+save_every: 2
+batch_size: 4
+learning_rate: 3e-3
+grpo: {group_size: 4}
+rollout: {max_tokens: 12}
+eval: {n: 16}
+monitor: {every: 2}
+"""
+TIMES = {"seconds", "tokens_per_second"}
+
+
+def read(folder, *, times=False):
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if times or k not in TIMES} for x in lines]
+
+
+def run(folder, text=YAML, **options):
+    return experiment.run(config.from_text(text), folder, console(quiet=True), **options)
+
+
+class Cut(Exception):
+    """Stands for a power failure."""
+
+
+def test_a_killed_run_resumed_equals_an_uninterrupted_one_bitwise(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    real = grpo.train
+
+    def cut_short(*args, **options):
+        for step in real(*args, **options):
+            yield step
+            if step == 2:  # after the checkpoint of two steps and one step more
+                raise Cut
+
+    monkeypatch.setattr(grpo, "train", cut_short)
+    with pytest.raises(Cut):
+        run(tmp_path / "cut")
+    assert len(read(tmp_path / "cut")) == 3
+    monkeypatch.setattr(grpo, "train", real)
+    resumed = run(tmp_path / "cut", resume=True)
+    assert read(tmp_path / "cut") == read(tmp_path / "whole")
+    assert resumed["accuracy_after"] == whole["accuracy_after"]
+    pairs = [files.read(tmp_path / name / "adapters")[1] for name in ("whole", "cut")]
+    assert pairs[0].keys() == pairs[1].keys()
+    assert all(mx.array_equal(pairs[0][k], pairs[1][k]) for k in pairs[0])
+    start = files.read(tmp_path / "whole" / "adapters" / "initial")[1]
+    assert any(not mx.array_equal(start[k], pairs[0][k]) for k in start), "nothing was learnt"
+
+
+def test_resume_refuses_another_experiment_and_a_folder_without_checkpoints(tmp_path):
+    run(tmp_path / "run", YAML.replace("save_every: 2", "save_every: 50"))
+    with pytest.raises(ConfigError, match="learning_rate"):
+        run(tmp_path / "run", YAML.replace("3e-3", "1e-3"), resume=True)
+    with pytest.raises(RunError, match="no checkpoint"):
+        run(tmp_path / "run", YAML.replace("save_every: 2", "save_every: 50"), resume=True)
+
+
+def test_a_scheduled_scale_is_in_force_and_saved(tmp_path):
+    text = YAML + "scale_schedule: {name: linear, start: 0.5, until: 1.0}\n"
+    run(tmp_path / "run", text)
+    settings, _ = files.read(tmp_path / "run" / "adapters")
+    expected = 20.0 * (0.5 + 0.5 * 4 / 5)  # the scale of the last of five steps
+    assert settings["lora_parameters"]["scale"] == pytest.approx(expected)
+
+
+def test_an_adapter_can_be_trained_on(tmp_path):
+    gentle = YAML.replace("3e-3", "1e-4")
+    run(tmp_path / "one", gentle)
+    text = gentle + f"resume_adapter_file: {tmp_path / 'one' / 'adapters'}\n"
+    summary = run(tmp_path / "two", text + f"adapter_path: {tmp_path / 'copy'}\n")
+    assert summary["check"]["expect"] == "healthy"
+    assert summary["accuracy_before"] == pytest.approx(
+        json.loads((tmp_path / "one" / "summary.json").read_text())["accuracy_after"]
+    )
+    one, two, copy = (files.read(p)[1] for p in
+                      (tmp_path / "one" / "adapters", tmp_path / "two" / "adapters", tmp_path / "copy"))  # fmt: skip
+    assert all(mx.array_equal(two[k], copy[k]) for k in two)
+    assert any(not mx.array_equal(one[k], two[k]) for k in one)
+
+
+def test_an_adapter_that_has_garbled_the_model_is_not_trained_on(tmp_path):
+    """Five steps at a scale of 20 and a rate of 3e-3 are too much; the check says so, not the RL."""
+    run(tmp_path / "one")
+    with pytest.raises(experiment.CheckFailed, match="perplexity"):
+        run(tmp_path / "two", YAML + f"resume_adapter_file: {tmp_path / 'one' / 'adapters'}\n")
+    status = json.loads((tmp_path / "two" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert not (tmp_path / "two" / "metrics.jsonl").exists()
+
+
+def test_keys_that_nothing_acts_on_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"grad_checkpoint, .*grpo.epochs"):
+        run(tmp_path / "run", YAML.replace("4}", "4, epochs: 2}") + "grad_checkpoint: true\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_counts_and_measures_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = plan(config.from_text(YAML), console(quiet=True))
+    assert found["rollouts_per_step"] == 16 and found["rollouts"] == 80
+    assert 0 < found["tokens_per_step"] <= 16 * 12
+    assert found["trainable_parameters"] == 97_280
+    assert np.isfinite(found["minutes"]) and found["peak_memory_mb"] > 0
+    assert list(tmp_path.iterdir()) == []
