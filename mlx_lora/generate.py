@@ -12,10 +12,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mlx_lora import cpu
-from mlx_lora.models import Loaded, encode_prompt, eos_ids
+from mlx_lora.models import Loaded, encode_prompt, eos_ids, new_cache, plain_cache, split_head
 from mlx_lora.types import Rollout
 
 CHECK_EVERY = 8  # decode steps between looks at "is everybody done", which cost a sync on a GPU
@@ -36,10 +36,11 @@ def generate(
     """`group` completions of each prompt. Temperature 0 is greedy (log-probabilities then at 1)."""
     prompts_ids = [encode_prompt(loaded.tokenizer, p) for p in prompts]
     uniform_BT = noise(seed, step, len(prompts), group, max_tokens)
-    logits_BV, cache = prefill(loaded.model, prompts_ids, group)
+    prompt_of_B = [p for p in range(len(prompts)) for _ in range(group)]
+    hidden_BD, cache = prefill(loaded.model, prompts_ids, prompt_of_B)
     eos = eos_ids(loaded.tokenizer)
     drawer = drawer_of(temperature, top_p, top_k)
-    ids_BT, logps_BT = decode(loaded.model, logits_BV, cache, uniform_BT, drawer, eos)
+    ids_BT, logps_BT = decode(loaded.model, hidden_BD, cache, uniform_BT, drawer, eos)
     rows = [
         trim(loaded.tokenizer, prompts_ids[row // group], ids_BT[row], logps_BT[row], eos)
         for row in range(len(prompts) * group)
@@ -60,32 +61,32 @@ def member_key(seed: int, step: int, prompt: int, member: int) -> mx.array:
 
 
 def prefill(
-    model: nn.Module, prompts: Sequence[Sequence[int]], group: int
+    model: nn.Module, prompts: Sequence[Sequence[int]], prompt_of_B: Sequence[int]
 ) -> tuple[mx.array, list[Any]]:
-    """Last-position logits [B, V] and a cache of B = P·G rows; each prompt is computed once.
+    """Last hidden state [B, D] and a cache of B rows; row b continues prompts[prompt_of_B[b]].
 
-    Prompts of one length run together. Plain KV caches are forked by one gather; others (rotating,
-    state-space) through mlx-lm's own `merge`, prompt by prompt.
+    Each prompt is computed once; those of one length run together. Plain KV caches are forked by
+    one gather, which gradients flow through; others by mlx-lm's own `merge`, prompt by prompt.
     """
-    plain = all(type(c) is KVCache for c in make_prompt_cache(model))
+    body, plain = split_head(model).body, plain_cache(model)
     buckets: dict[int, list[int]] = {}
     for index, ids in enumerate(prompts):
         buckets.setdefault(len(ids) if plain else index, []).append(index)
-    order = [index for bucket in buckets.values() for index in bucket]
-    logits, caches = [], []
+    hidden, caches = [], []
     for bucket in buckets.values():
-        cache = make_prompt_cache(model)
+        cache = new_cache(model)
         ids_BT = mx.array([list(prompts[i]) for i in bucket])
-        logits.append(model(ids_BT, cache=cache)[:, -1, :].astype(mx.float32))
+        hidden.append(body(ids_BT, cache=cache)[:, -1, :])
         caches.append(cache)
+    order = [index for bucket in buckets.values() for index in bucket]
     place_of = {index: row for row, index in enumerate(order)}
-    row_of_B = mx.array([place_of[p] for p in range(len(prompts)) for _ in range(group)])
+    rows = [place_of[p] for p in prompt_of_B]
     layers = list(zip(*caches, strict=True))
     if plain:
-        forked = [fork(layer, row_of_B) for layer in layers]
+        forked = [fork(layer, mx.array(rows)) for layer in layers]
     else:
-        forked = [type(c[0]).merge([c[i] for i in row_of_B.tolist()]) for c in layers]
-    return mx.concatenate(logits)[row_of_B], forked
+        forked = [type(c[0]).merge([c[i] for i in rows]) for c in layers]
+    return mx.concatenate(hidden)[mx.array(rows)], forked
 
 
 def fork(buckets: Sequence[KVCache], row_of_B: mx.array) -> KVCache | BatchKVCache:
@@ -161,7 +162,7 @@ def pick(logps_BV: mx.array, ids_B: mx.array) -> mx.array:
 
 def decode(
     model: nn.Module,
-    logits_BV: mx.array,
+    hidden_BD: mx.array,
     cache: list[Any],
     uniform_BT: mx.array,
     drawer: Callable[[mx.array, mx.array], tuple[mx.array, mx.array]],
@@ -170,11 +171,12 @@ def decode(
     """Ids and log-probabilities [B, T] at a fixed width, until every row has ended."""
     rows, width = uniform_BT.shape
     every = 1 if cpu.active() else CHECK_EVERY
+    split = split_head(model)
     done_B = np.zeros(rows, bool)
     ids: list[mx.array] = []
     logps: list[mx.array] = []
     for t in range(width):
-        ids_B, logps_B = drawer(logits_BV, uniform_BT[:, t])
+        ids_B, logps_B = drawer(split.head(hidden_BD).astype(mx.float32), uniform_BT[:, t])
         ids.append(ids_B)
         logps.append(logps_B)
         mx.async_eval(ids_B, logps_B)
@@ -183,7 +185,7 @@ def decode(
             if done_B.all():
                 break
         if t + 1 < width:
-            logits_BV = model(ids_B[:, None], cache=cache)[:, -1, :].astype(mx.float32)
+            hidden_BD = split.body(ids_B[:, None], cache=cache)[:, -1, :]
     return np.array(mx.stack(ids, axis=1)), np.array(mx.stack(logps, axis=1))
 
 

@@ -6,16 +6,21 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.generate import decode, drawer_of, fork, log_softmax, noise, prefill, sampling_logps
+from mlx_lora.models import split_head
 from tests.tiny import tiny
 
 PROMPTS = [[5, 17, 3, 44], [8, 1, 90, 12, 77, 4], [9, 9, 2, 30]]
 EOS = frozenset({95})
 
 
+def forks(prompts, group):
+    return [p for p in range(len(prompts)) for _ in range(group)]
+
+
 def roll(model, prompts, group=1, width=10, temperature=1.0, uniforms=None):
     uniforms = noise(0, 0, len(prompts), group, width) if uniforms is None else uniforms
-    logits_BV, cache = prefill(model, prompts, group)
-    return decode(model, logits_BV, cache, uniforms, drawer_of(temperature, 1.0, 0), EOS)
+    hidden_BD, cache = prefill(model, prompts, forks(prompts, group))
+    return decode(model, hidden_BD, cache, uniforms, drawer_of(temperature, 1.0, 0), EOS)
 
 
 def full_logps(model, prompt, ids):
@@ -42,7 +47,8 @@ def test_stored_logps_are_those_of_a_full_forward(architecture, prompts):
 
 def test_forked_cache_equals_prefilling_every_row():
     model = tiny(bits=4)
-    logits_BV, cache = prefill(model, PROMPTS, 2)
+    hidden_BD, cache = prefill(model, PROMPTS, forks(PROMPTS, 2))
+    logits_BV = split_head(model).head(hidden_BD)
     for row in range(6):
         own = make_prompt_cache(model)
         alone = model(mx.array([PROMPTS[row // 2]]), cache=own)[0, -1]
@@ -104,7 +110,7 @@ def test_temperature_top_k_and_top_p_renormalise():
 def test_greedy_takes_the_most_likely():
     model = tiny()
     ids_BT, _ = roll(model, PROMPTS, temperature=0.0)
-    logits_BV, _ = prefill(model, PROMPTS, 1)
+    logits_BV = split_head(model).head(prefill(model, PROMPTS, forks(PROMPTS, 1))[0])
     assert np.array_equal(ids_BT[:, 0], np.array(mx.argmax(logits_BV, axis=-1)))
 
 

@@ -131,14 +131,37 @@ def test_packed_logps_equal_row_by_row_and_padding_has_no_gradient():
     assert packed.tokens == 4
 
 
-def test_split_head_is_the_model_or_is_not_used():
-    for architecture in ("llama", "qwen3", "gemma"):
-        assert models.split_head(tiny(architecture)) is not None, architecture
-    model = tiny("gemma2")  # its logits are capped after the head
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma"])
+def test_shared_prompts_equal_full_rows_forward_and_backward(architecture):
+    model = tiny(architecture, bits=4)
+    attach(model, init="gaussian", init_options={"std": 0.1})
+    siblings = [*rows(), Rollout((1, 2, 3), (9, 4, 4, 2), (-1.0,) * 4, "", True)]
+    packed = learner.pack(siblings, np.zeros(3))
+    assert len(packed.prompts) == 2
+    weight_BTD = mx.random.normal((3, 4, 128), key=mx.random.key(0)) * packed.mask_BT[..., None]
+
+    def value(hidden):
+        return nn.value_and_grad(model, lambda m: (hidden(m, packed) * weight_BTD).sum())(model)
+
+    (a, a_grads), (b, b_grads) = (
+        value(f) for f in (learner.completion_hidden, learner.completion_hidden_in_full)
+    )
+    assert a.item() == pytest.approx(b.item(), abs=1e-3)
+    for (name, x), (_, y) in zip(tree_flatten(a_grads), tree_flatten(b_grads), strict=True):
+        assert mx.allclose(x, y, rtol=1e-3, atol=1e-4), name
+        assert mx.abs(y).max().item() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "splits"),
+    [("llama", True), ("qwen3", True), ("gemma", True), ("gemma2", False)],
+)  # gemma2 caps its logits after the head
+def test_the_head_is_split_off_only_where_that_is_the_model(architecture, splits):
+    model = tiny(architecture)
     split = models.split_head(model)
-    if split is not None:
-        ids = mx.array([[5, 6, 7]])
-        assert mx.array_equal(split.head(split.body(ids)), model(ids))
+    assert (split.body is not model) == splits
+    ids = mx.array([[5, 6, 7]])
+    assert mx.allclose(split.head(split.body(ids)), model(ids), atol=1e-5)
 
 
 def test_on_policy_gradient_is_reinforce():

@@ -35,7 +35,7 @@ def read(loaded: Loaded, path: Path | None = None) -> Probes:
             ids = list(loaded.tokenizer.encode(row["text"]))
             texts.append((ids[:MAX_PROBE_TOKENS], 1))
         elif "completion" in row:
-            head = encode_prompt(loaded.tokenizer, row["prompt"])
+            head = list(encode_prompt(loaded.tokenizer, row["prompt"]))
             tail = list(loaded.tokenizer.encode(row["completion"], add_special_tokens=False))
             tail = [*tail, min(eos_ids(loaded.tokenizer))]
             texts.append(((head + tail)[:MAX_PROBE_TOKENS], len(head)))

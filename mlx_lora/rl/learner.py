@@ -11,19 +11,18 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapter.attach import switched_off
-from mlx_lora.models import split_head
+from mlx_lora.generate import prefill
+from mlx_lora.models import pad_right, plain_cache, split_head
 from mlx_lora.rl.losses import k3, masked_mean
 from mlx_lora.types import Batch, Rollout
-
-HEAD_CHUNK = 4096  # completion tokens that meet the vocabulary at a time
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Rollouts as arrays. Shapes: B rows, L prompt + completion tokens, T completion tokens."""
+    """Rollouts as arrays. Shapes: B rows, T completion tokens, right-padded."""
 
-    ids_BL: mx.array
-    at_BT: mx.array  # position whose logits predict completion token t
+    prompts: Sequence[tuple[int, ...]]  # each distinct prompt once
+    prompt_of_B: Sequence[int]
     targets_BT: mx.array
     mask_BT: mx.array
     sampler_logps_BT: mx.array
@@ -31,26 +30,22 @@ class Packed:
 
     @property
     def tokens(self) -> int:
-        return int(cast(float, self.mask_BT.sum().item()))
+        return int(self.mask_BT.sum().item())
 
 
 def pack(rollouts: Sequence[Rollout], advantages_B: np.ndarray) -> Packed:
-    """Right-padded rows; every completion token counts, EOS included, padding never does."""
-    length = max(len(r.prompt_ids) + len(r.ids) for r in rollouts)
+    """Every completion token counts, EOS included; padding never does."""
+    place_of = {p: i for i, p in enumerate(dict.fromkeys(r.prompt_ids for r in rollouts))}
     width = max(len(r.ids) for r in rollouts)
-    ids = np.zeros((len(rollouts), length), np.int32)
-    at, targets = (np.zeros((len(rollouts), width), np.int32) for _ in range(2))
+    targets = np.zeros((len(rollouts), width), np.int32)
     mask, logps = (np.zeros((len(rollouts), width), np.float32) for _ in range(2))
     for row, r in enumerate(rollouts):
-        start, count = len(r.prompt_ids), len(r.ids)
-        ids[row, : start + count] = r.prompt_ids + r.ids
-        at[row, :count] = np.arange(start - 1, start - 1 + count)
-        targets[row, :count] = r.ids
-        mask[row, :count] = 1
-        logps[row, :count] = r.logps
+        targets[row, : len(r.ids)] = r.ids
+        mask[row, : len(r.ids)] = 1
+        logps[row, : len(r.ids)] = r.logps
     return Packed(
-        mx.array(ids),
-        mx.array(at),
+        list(place_of),
+        [place_of[r.prompt_ids] for r in rollouts],
         mx.array(targets),
         mx.array(mask),
         mx.array(logps),
@@ -63,18 +58,40 @@ def completion_logps(
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities [B, T] of the completion tokens and the entropy [B, T] there, in nats.
 
-    The vocabulary is met at completion positions only where the model's head can be split off.
+    The vocabulary is met at completion positions only, and a prompt is computed once for its whole
+    group: the completions run as one block over its forked cache. Where caches do not fork
+    (sliding windows, state spaces) every row runs in full.
     """
-    split = split_head(model)
-    inputs_BL = packed.ids_BL[:, :-1]
-    hidden = split.body(inputs_BL) if split else model(inputs_BL)
-    at_BT1 = mx.minimum(packed.at_BT, hidden.shape[1] - 1)[..., None]
-    hidden_BTD = mx.take_along_axis(hidden, at_BT1, axis=1)
-    logits_BTV = (split.head(hidden_BTD) if split else hidden_BTD).astype(mx.float32) / temperature
+    whole = completion_hidden if plain_cache(model) else completion_hidden_in_full
+    hidden_BTD = whole(model, packed)
+    logits_BTV = split_head(model).head(hidden_BTD).astype(mx.float32) / temperature
     logps_BTV = logits_BTV - mx.logsumexp(logits_BTV, axis=-1, keepdims=True)
     logps_BT = mx.take_along_axis(logps_BTV, packed.targets_BT[..., None], axis=-1)[..., 0]
     still_BTV = mx.stop_gradient(logps_BTV)
     return logps_BT, -(mx.exp(still_BTV) * still_BTV).sum(axis=-1)
+
+
+def completion_hidden(model: nn.Module, packed: Packed) -> mx.array:
+    """Hidden states [B, T, D] that predict the completion tokens, prompts shared."""
+    first_BD, cache = prefill(model, packed.prompts, packed.prompt_of_B)
+    if packed.targets_BT.shape[1] == 1:
+        return first_BD[:, None, :]
+    rest_BTD = split_head(model).body(packed.targets_BT[:, :-1], cache=cache)
+    return mx.concatenate([first_BD[:, None, :], rest_BTD], axis=1)
+
+
+def completion_hidden_in_full(model: nn.Module, packed: Packed) -> mx.array:
+    """The same by one forward of every whole row."""
+    targets, mask = np.array(packed.targets_BT), np.array(packed.mask_BT)
+    prompts = [packed.prompts[p] for p in packed.prompt_of_B]
+    rows = [
+        [*p, *t[: int(m.sum())].tolist()] for p, t, m in zip(prompts, targets, mask, strict=True)
+    ]
+    ids_BL, _ = pad_right(rows)
+    start_B1 = mx.array([[len(p) - 1] for p in prompts])
+    at_BT = mx.minimum(start_B1 + mx.arange(targets.shape[1]), ids_BL.shape[1] - 2)
+    hidden_BLD = split_head(model).body(ids_BL[:, :-1])
+    return mx.take_along_axis(hidden_BLD, at_BT[..., None], axis=1)
 
 
 def reference_logps(model: nn.Module, packed: Packed, temperature: float) -> mx.array:

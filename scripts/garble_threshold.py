@@ -1,0 +1,298 @@
+"""At which std does a gaussian start turn the embedded model's samples to garble?
+
+    python scripts/garble_threshold.py
+
+Sweeps std at rank 8 and scale 2.0, three seeds each, one fresh model a point, and writes
+figures/garble_threshold.png, .json and .md; the table also goes into docs/check.md. About a minute
+and a half on two CPU cores.
+"""
+
+import json
+import math
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_lora import models
+from mlx_lora.check import gate
+from mlx_lora.check.metrics import Measured
+from mlx_lora.registry import options
+from mlx_lora.runlog import atomically, commit, json_safe, version
+from mlx_lora.spectral.report import LoRAAnalyzer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "figures" / "garble_threshold"
+PAGE = ROOT / "docs" / "check.md"
+LOW, HIGH, COUNT = 0.003, 0.6, 12
+RANK, SCALE, SEEDS = 8, 2.0, (0, 1, 2)
+COLOURS = {"pass": "#d9efdb", "warn": "#fdf0cf", "fail": "#f8d7d3"}
+DARK = {"pass": "#2e7d32", "warn": "#b26a00", "fail": "#b3261e"}
+INK, QUIET = "#222222", "#6b6b6b"
+QUOTED = 4  # stds whose samples are shown in the picture
+Row = dict[str, Any]
+
+
+def main() -> None:
+    stds = [LOW * (HIGH / LOW) ** (i / (COUNT - 1)) for i in range(COUNT)]
+    rows = []
+    for std in stds:
+        rows.append(summary(std, [measured(std, seed) for seed in SEEDS]))
+        print(line(rows[-1]), flush=True)
+    about = {
+        "script": "scripts/garble_threshold.py",
+        "rank": RANK,
+        "scale": SCALE,
+        "seeds": SEEDS,
+        "commit": commit(),
+        "versions": {name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
+    }
+    OUT.parent.mkdir(exist_ok=True)
+    text = json.dumps(json_safe({"about": about, "rows": rows}), indent=2, allow_nan=False)
+    write(OUT.with_suffix(".json"), text + "\n")
+    shown = table(rows)
+    write(OUT.with_suffix(".md"), shown)
+    paste(shown, PAGE)
+    with atomically(OUT.with_suffix(".png")) as part:
+        draw(rows).savefig(part, format="png", dpi=110)
+
+
+def measured(std: float, seed: int) -> Row:
+    """The check of one start: what it measured, and its verdicts as a start and as an adapter."""
+    loaded = models.load(models.DEMO)
+    report = gate.check(
+        loaded,
+        init="gaussian",
+        init_options={"std": std},
+        lora={"rank": RANK, "scale": SCALE},
+        seed=seed,
+    )
+    m = report.measured
+    structural = LoRAAnalyzer(loaded.model).analyze().structural
+    return {
+        "seed": seed,
+        "kl_mean": m.kl_mean,
+        "kl_p99": m.kl_p99,
+        "top1_agreement": m.top1_agreement,
+        "perplexity_ratio": gate.ratio(m.perplexity_adapted, m.perplexity_base),
+        "entropy_ratio": gate.ratio(m.entropy_adapted, m.entropy_base),
+        "sample_nll_base": m.sample_nll_base,
+        "sample_nll_adapted": m.sample_nll_adapted,
+        "sample_nll_excess": m.sample_nll_adapted - m.sample_nll_base,
+        "dominance": structural.scaled_max_dominance,
+        "verdict": report.verdict,
+        "verdict_healthy": verdict(m, "healthy"),
+        "samples": [pair.__dict__ for pair in (m.samples[0], m.samples[-1])],
+    }
+
+
+def verdict(m: Measured, expect: str) -> str:
+    """What the gates would say of the same numbers in an adapter from disk."""
+    said = [found for name in gate.gates if (found := gate.gates[name](m, expect, None))]
+    return max((g.verdict for g in said), key=gate.ORDER.index)
+
+
+def summary(std: float, runs: Sequence[Row]) -> Row:
+    """One std over its seeds: median and range of each number, the worst verdict, two samples."""
+    numbers = [key for key, value in runs[0].items() if isinstance(value, float)]
+    spread = {
+        key: {"median": statistics.median(v), "low": min(v), "high": max(v)}
+        for key in numbers
+        if (v := [run[key] for run in runs])
+    }
+    worst = {
+        key: max((run[key] for run in runs), key=gate.ORDER.index)
+        for key in ("verdict", "verdict_healthy")
+    }
+    return {"std": std, **spread, **worst, "samples": runs[0]["samples"], "runs": runs}
+
+
+def line(row: Row) -> str:
+    return (
+        f"std {row['std']:.4f}  KL {row['kl_mean']['median']:.2e}  "
+        f"{row['verdict']}/{row['verdict_healthy']}  {legible(row['samples'][1]['adapted'], 60)}"
+    )
+
+
+def legible(text: str, limit: int) -> str:
+    """The model's text on one line, control characters made visible, cut to `limit`."""
+    flat = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).strip()
+    return flat if len(flat) <= limit else f"{flat[: limit - 1].rstrip()}…"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Medians as Markdown, made to be pasted."""
+    prompt = legible(rows[0]["samples"][1]["prompt"], 60)
+    base = legible(rows[0]["samples"][1]["base"], 90)
+    lines = [
+        f"Medians over seeds {', '.join(map(str, SEEDS))}, worst verdict of them, at rank {RANK} and "
+        f"scale {SCALE:g}. The prompt is “{prompt}”; the base writes “{base}”",
+        "",
+        "| std | dominance | KL | perplexity | top-1 | a start | an adapter | seed 0 writes |",
+        "|---:|---:|---:|---:|---:|---|---|---|",
+    ]
+    for row in rows:
+        sample = legible(row["samples"][1]["adapted"], 60).replace("|", "\\|").replace("`", "'")
+        numbers = (
+            f"{row['std']:.2g}",
+            f"{row['dominance']['median']:.2g}",
+            f"{row['kl_mean']['median']:.2g}",
+            f"× {row['perplexity_ratio']['median']:.3g}",
+            f"{row['top1_agreement']['median']:.0%}",
+        )
+        cells = (*numbers, row["verdict"], row["verdict_healthy"], f"`{sample}`")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def paste(text: str, page: Path) -> None:
+    """Replace what stands between the page's two markers."""
+    begin, end = "<!-- garble table -->\n", "<!-- end of garble table -->\n"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, found, after = rest.partition(end)
+    assert found, f"{page.name} has no line {end.strip()}"
+    write(page, f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def write(path: Path, text: str) -> None:
+    with atomically(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def draw(rows: Sequence[Row]) -> "Figure":
+    """KL, perplexity and surprise against std over the verdicts, and what the model writes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 12.6), layout="constrained")
+    heights = (3, 3, 3, 0.8, 2.9)
+    kl, perplexity, surprise, strip, words = figure.subplots(
+        5, 1, gridspec_kw={"height_ratios": heights}
+    )
+    figure.suptitle(headline(rows), fontsize=14, x=0.01, ha="left", color=INK)
+    for axes in (kl, perplexity, surprise, strip):
+        axes.set_xscale("log")
+        axes.set_xlim(edges(rows)[0], edges(rows)[-1])
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in (kl, perplexity, surprise):
+        shade(axes, rows, "verdict", 0, 1)
+        axes.tick_params(axis="x", which="both", labelbottom=False)
+    curve(kl, rows, "kl_mean", "KL(base ‖ adapted), nats per token")
+    kl.set_yscale("log")
+    limits(kl, gate.gates["divergence"], {"warn": "warn", "fail": "fail"})
+    curve(perplexity, rows, "perplexity_ratio", "perplexity, times the base's", shift=1.0)
+    as_ratio(perplexity)
+    names = {"warn": "warn", "fail": "fail", "trained_warn": "", "trained_fail": ""}
+    names |= {"trained_warn": "warn, trained adapter", "trained_fail": "fail, trained adapter"}
+    limits(perplexity, gate.gates["reading"], names, shift=1.0)
+    curve(surprise, rows, "sample_nll_excess", "excess surprise of samples,\nnats per token")
+    limits(surprise, gate.gates["writing"], {"warn": "warn", "fail": "fail"})
+    verdicts(strip, rows)
+    quote(words, rows)
+    return figure
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """The finding, in the numbers of this run."""
+    harmed = next((row for row in rows if row["verdict"] == "fail"), None)
+    sick = next((row for row in rows if row["verdict_healthy"] == "fail"), None)
+    start = f"fails the check from std {harmed['std']:.2g}" if harmed else "never fails the check"
+    later = f"is garble from {sick['std']:.2g}" if sick else "never becomes garble"
+    return f"A gaussian start, rank {RANK}, scale {SCALE:g}: it {start} and {later}"
+
+
+def edges(rows: Sequence[Row]) -> list[float]:
+    """Borders between neighbouring stds, halfway on the log axis."""
+    half = math.sqrt(rows[1]["std"] / rows[0]["std"])
+    return [rows[0]["std"] / half, *(row["std"] * half for row in rows)]
+
+
+def shade(axes: "Axes", rows: Sequence[Row], key: str, low: float, high: float) -> None:
+    borders = edges(rows)
+    for row, left, right in zip(rows, borders, borders[1:], strict=False):
+        axes.axvspan(left, right, low, high, color=COLOURS[row[key]], linewidth=0, zorder=0)
+
+
+def curve(axes: "Axes", rows: Sequence[Row], key: str, label: str, *, shift: float = 0.0) -> None:
+    """Median as a line, the range over seeds as a band, each seed as a dot."""
+    stds = [row["std"] for row in rows]
+
+    def of(part: str) -> list[float]:
+        return [row[key][part] - shift for row in rows]
+
+    axes.fill_between(stds, of("low"), of("high"), color="#2171b5", alpha=0.25, linewidth=0)
+    axes.plot(stds, of("median"), color="#2171b5", linewidth=2)
+    dots = [(row["std"], run[key] - shift) for row in rows for run in row["runs"]]
+    axes.plot(*zip(*dots, strict=True), "o", color="#0b3c6f", markersize=3)
+    axes.set_ylabel(label, fontsize=10, color=INK)
+
+
+def limits(
+    axes: "Axes", function: Callable[..., Any], names: dict[str, str], *, shift: float = 0.0
+) -> None:
+    """A gate's thresholds, as its own options give them."""
+    known = options(function)
+    left = axes.get_xlim()[0]
+    for option, label in names.items():
+        colour = DARK["fail" if "fail" in option else "warn"]
+        axes.axhline(known[option] - shift, color=colour, linestyle="--", linewidth=1, zorder=1)
+        text = f" {label}: {known[option]:g}"
+        axes.text(left, known[option] - shift, text, color=colour, fontsize=9, va="bottom")
+
+
+def as_ratio(axes: "Axes") -> None:
+    """An axis of ratio - 1, logarithmic on both sides of 1, labelled with the ratio."""
+    axes.set_yscale("symlog", linthresh=0.01)
+    ticks = (1.0, 1.01, 1.1, 2.0, 11.0, 101.0, 1001.0)
+    axes.set_yticks([t - 1 for t in ticks], [f"{t:g}" for t in ticks])
+    axes.set_yticks([], minor=True)
+
+
+def verdicts(axes: "Axes", rows: Sequence[Row]) -> None:
+    """Two strips: what the check says of a fresh start, and of an adapter with these numbers."""
+    names = ("as an adapter (--expect healthy)", "as a start (--expect same)")
+    for at, key in enumerate(("verdict_healthy", "verdict")):
+        shade(axes, rows, key, at / 2, at / 2 + 0.46)
+        for row in rows:
+            said = row[key]
+            axes.text(row["std"], (at + 0.46) / 2 - 0.0, said, ha="center", va="center",
+                      fontsize=9, color=DARK[said], fontweight="bold")  # fmt: skip
+    axes.set_ylim(0, 1)
+    axes.set_yticks([0.23, 0.73], names, fontsize=9)
+    axes.tick_params(axis="y", length=0)
+    stds = [row["std"] for row in rows]
+    axes.set_xticks(stds, [f"{std:.2g}" for std in stds])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("std of A and B", fontsize=10, color=INK)
+
+
+def quoted(rows: Sequence[Row]) -> Iterable[Row]:
+    """Stds worth a quotation: spread from the last harmless one to the last of the sweep."""
+    first = max((i for i, row in enumerate(rows) if row["kl_mean"]["median"] < 1e-3), default=0)
+    step = (len(rows) - 1 - first) / (QUOTED - 1)
+    return [rows[round(first + i * step)] for i in range(QUOTED)]
+
+
+def quote(axes: "Axes", rows: Sequence[Row]) -> None:
+    """What the model writes, seed 0, at a few stds side by side."""
+    axes.set_axis_off()
+    for column, row in enumerate(quoted(rows)):
+        x = column / QUOTED
+        colour = DARK[row["verdict_healthy"]]
+        axes.text(x, 1, f"std {row['std']:.2g}", color=colour, fontweight="bold", va="top",
+                  fontsize=11, transform=axes.transAxes)  # fmt: skip
+        parts = []
+        for sample in row["samples"]:
+            parts += textwrap.wrap(legible(sample["prompt"], 60), 34)
+            parts += [f"   {x}" for x in textwrap.wrap(legible(sample["adapted"], 110), 31)]
+            parts.append("")
+        text = "\n".join(parts).replace("$", r"\$")
+        axes.text(x, 0.88, text, color=INK, va="top", fontsize=9, transform=axes.transAxes)
+
+
+if __name__ == "__main__":
+    main()
