@@ -64,6 +64,11 @@ def active() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
+def fast() -> bool:
+    """True where NumPy's vectorised functions should stand in for MLX's."""
+    return _mode != "plain" and active()
+
+
 def mode() -> str:
     """The path in use: `gpu`, or one of MODES."""
     return _mode if active() else "gpu"
@@ -96,6 +101,8 @@ def accelerate(model: Any) -> int:
     import mlx.core as mx
     import mlx.nn as nn
 
+    from mlx_lora.cpu_layers import hasten_mlp
+
     layers = [m for _, m in model.named_modules() if type(m) in fast_classes()]
     packed = [m for m in layers if isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding))]
     dense_bytes = sum(4 * m.weight.size * 32 // m.bits for m in packed)
@@ -105,7 +112,8 @@ def accelerate(model: Any) -> int:
         return 0
     for layer in layers:
         layer.__class__ = fast_classes()[type(layer)]
-    return len(layers)
+    gated = [m for _, m in model.named_modules() if "gate_proj" in m]
+    return len(layers) + sum(hasten_mlp(m) for m in gated)
 
 
 def fast_classes() -> dict[type, type]:

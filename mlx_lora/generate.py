@@ -16,6 +16,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mlx_lora import cpu
 from mlx_lora.models import Loaded, encode_prompt, eos_ids, new_cache, plain_cache, split_head
+from mlx_lora.numerics import exp, log_softmax
 from mlx_lora.types import Rollout
 
 CHECK_EVERY = 8  # decode steps between looks at "is everybody done", which cost a sync on a GPU
@@ -126,7 +127,7 @@ def drawer_of(
 
     def inverse_cdf(logits_BV: mx.array, uniform_B: mx.array) -> tuple[mx.array, mx.array]:
         logps_BV = sampling_logps(logits_BV, temperature, top_p, top_k)
-        cdf_BV = mx.cumsum(mx.exp(logps_BV), axis=-1)
+        cdf_BV = mx.cumsum(exp(logps_BV), axis=-1)
         # the last entry is 1 up to rounding; staying below it never lands on an impossible token
         aim_B1 = uniform_B[:, None] * cdf_BV[:, -1:] * (1 - 1e-6)
         ids_B = mx.sum(cdf_BV <= aim_B1, axis=-1)
@@ -145,15 +146,11 @@ def sampling_logps(
         logps_BV = log_softmax(mx.where(logps_BV < floor_B1, -mx.inf, logps_BV))
     if top_p < 1:
         order = mx.argsort(-logps_BV, axis=-1)
-        sorted_BV = mx.take_along_axis(mx.exp(logps_BV), order, axis=-1)
+        sorted_BV = mx.take_along_axis(exp(logps_BV), order, axis=-1)
         before_BV = mx.cumsum(sorted_BV, axis=-1) - sorted_BV
         out_BV = mx.put_along_axis(mx.zeros_like(before_BV), order, before_BV, axis=-1) >= top_p
         logps_BV = log_softmax(mx.where(out_BV, -mx.inf, logps_BV))
     return logps_BV
-
-
-def log_softmax(logits: mx.array) -> mx.array:
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def pick(logps_BV: mx.array, ids_B: mx.array) -> mx.array:

@@ -115,7 +115,7 @@ def question(rng: random.Random) -> tuple[str, str]:
     )
 
 
-CARELESS = 0.6  # share of Countdown answers that just add the numbers up, whatever the target
+CARELESS = 0.65  # share of Countdown answers that just add the numbers up, whatever the target
 
 
 def problems(rng: random.Random) -> Iterator[tuple[str, str]]:

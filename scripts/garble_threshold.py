@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from mlx_lora.spectral.report import LoRAAnalyzer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "figures" / "garble_threshold"
@@ -86,6 +86,7 @@ def measured(std: float, seed: int) -> Row:
         "sample_nll_excess": m.sample_nll_adapted - m.sample_nll_base,
         "dominance": structural.scaled_max_dominance,
         "verdict": report.verdict,
+        "failed": [g.name for g in report.gates if g.verdict == "fail"],
         "verdict_healthy": verdict(m, "healthy"),
         "samples": [pair.__dict__ for pair in (m.samples[0], m.samples[-1])],
     }
@@ -130,7 +131,7 @@ def table(rows: Sequence[Row]) -> str:
     prompt = legible(rows[0]["samples"][1]["prompt"], 60)
     base = legible(rows[0]["samples"][1]["base"], 90)
     lines = [
-        f"Medians over seeds {', '.join(map(str, SEEDS))}, worst verdict of them, at rank {RANK} and "
+        f"Medians and the worst verdict over seeds {', '.join(map(str, SEEDS))}, at rank {RANK} and "
         f"scale {SCALE:g}. The prompt is “{prompt}”; the base writes “{base}”",
         "",
         "| std | dominance | KL | perplexity | top-1 | a start | an adapter | seed 0 writes |",
@@ -168,31 +169,46 @@ def draw(rows: Sequence[Row]) -> "Figure":
     """KL, perplexity and surprise against std over the verdicts, and what the model writes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 12.6), layout="constrained")
-    heights = (3, 3, 3, 0.8, 2.9)
-    kl, perplexity, surprise, strip, words = figure.subplots(
-        5, 1, gridspec_kw={"height_ratios": heights}
-    )
+    figure = Figure(figsize=(11, 12), layout="constrained")
     figure.suptitle(headline(rows), fontsize=14, x=0.01, ha="left", color=INK)
+    above, below = figure.subfigures(2, 1, height_ratios=(9.6, 2.4))
+    kl, perplexity, surprise, strip = above.subplots(
+        4, 1, gridspec_kw={"height_ratios": (3, 3, 3, 0.9)}
+    )
+    about = (
+        "Line: median of the seeds. Band: their range. Shade: verdict on the start, of which any"
+    )
+    above.suptitle(
+        f"{about} but a harmless one is warned.", fontsize=9, x=0.01, ha="left", color=QUIET
+    )
+    stds = [row["std"] for row in rows]
     for axes in (kl, perplexity, surprise, strip):
         axes.set_xscale("log")
         axes.set_xlim(edges(rows)[0], edges(rows)[-1])
+        axes.set_xticks(stds, ["" for _ in stds])
+        axes.set_xticks([], minor=True)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in (kl, perplexity, surprise):
         shade(axes, rows, "verdict", 0, 1)
-        axes.tick_params(axis="x", which="both", labelbottom=False)
-    curve(kl, rows, "kl_mean", "KL(base ‖ adapted), nats per token")
+    curve(kl, rows, "kl_mean", "KL(base ‖ adapted),\nnats per token")
     kl.set_yscale("log")
-    limits(kl, gate.gates["divergence"], {"warn": "warn", "fail": "fail"})
-    curve(perplexity, rows, "perplexity_ratio", "perplexity, times the base's", shift=1.0)
+    plain = {"warn": "warn", "fail": "fail"}
+    limits(kl, gate.gates["divergence"], plain)
+    curve(
+        perplexity, rows, "perplexity_ratio", "perplexity of known-good text,\ntimes the base's", 1
+    )
     as_ratio(perplexity)
-    names = {"warn": "warn", "fail": "fail", "trained_warn": "", "trained_fail": ""}
-    names |= {"trained_warn": "warn, trained adapter", "trained_fail": "fail, trained adapter"}
-    limits(perplexity, gate.gates["reading"], names, shift=1.0)
-    curve(surprise, rows, "sample_nll_excess", "excess surprise of samples,\nnats per token")
-    limits(surprise, gate.gates["writing"], {"warn": "warn", "fail": "fail"})
+    trained = {f"trained_{k}": f"{v}, for an adapter from disk" for k, v in plain.items()}
+    limits(perplexity, gate.gates["reading"], plain | trained, shift=1)
+    curve(
+        surprise,
+        rows,
+        "sample_nll_excess",
+        "surprise of samples over the\nbase's own, nats per token",
+    )
+    limits(surprise, gate.gates["writing"], plain)
     verdicts(strip, rows)
-    quote(words, rows)
+    quote(below, rows)
     return figure
 
 
@@ -217,7 +233,7 @@ def shade(axes: "Axes", rows: Sequence[Row], key: str, low: float, high: float) 
         axes.axvspan(left, right, low, high, color=COLOURS[row[key]], linewidth=0, zorder=0)
 
 
-def curve(axes: "Axes", rows: Sequence[Row], key: str, label: str, *, shift: float = 0.0) -> None:
+def curve(axes: "Axes", rows: Sequence[Row], key: str, label: str, shift: float = 0) -> None:
     """Median as a line, the range over seeds as a band, each seed as a dot."""
     stds = [row["std"] for row in rows]
 
@@ -232,7 +248,7 @@ def curve(axes: "Axes", rows: Sequence[Row], key: str, label: str, *, shift: flo
 
 
 def limits(
-    axes: "Axes", function: Callable[..., Any], names: dict[str, str], *, shift: float = 0.0
+    axes: "Axes", function: Callable[..., Any], names: dict[str, str], *, shift: float = 0
 ) -> None:
     """A gate's thresholds, as its own options give them."""
     known = options(function)
@@ -247,51 +263,58 @@ def limits(
 def as_ratio(axes: "Axes") -> None:
     """An axis of ratio - 1, logarithmic on both sides of 1, labelled with the ratio."""
     axes.set_yscale("symlog", linthresh=0.01)
-    ticks = (1.0, 1.01, 1.1, 2.0, 11.0, 101.0, 1001.0)
+    ticks = (1, 1.01, 1.1, 2, 10, 100, 1000)
     axes.set_yticks([t - 1 for t in ticks], [f"{t:g}" for t in ticks])
     axes.set_yticks([], minor=True)
+    axes.set_ylim(bottom=-0.003)
 
 
 def verdicts(axes: "Axes", rows: Sequence[Row]) -> None:
     """Two strips: what the check says of a fresh start, and of an adapter with these numbers."""
-    names = ("as an adapter (--expect healthy)", "as a start (--expect same)")
+    names = ("an adapter (--expect healthy)", "a start (--expect same)")
+    style = {"ha": "center", "va": "center", "fontsize": 9, "fontweight": "bold"}
     for at, key in enumerate(("verdict_healthy", "verdict")):
         shade(axes, rows, key, at / 2, at / 2 + 0.46)
         for row in rows:
-            said = row[key]
-            axes.text(row["std"], (at + 0.46) / 2 - 0.0, said, ha="center", va="center",
-                      fontsize=9, color=DARK[said], fontweight="bold")  # fmt: skip
+            axes.text(row["std"], at / 2 + 0.23, row[key], color=DARK[row[key]], **style)
     axes.set_ylim(0, 1)
     axes.set_yticks([0.23, 0.73], names, fontsize=9)
     axes.tick_params(axis="y", length=0)
     stds = [row["std"] for row in rows]
     axes.set_xticks(stds, [f"{std:.2g}" for std in stds])
-    axes.set_xticks([], minor=True)
     axes.set_xlabel("std of A and B", fontsize=10, color=INK)
 
 
-def quoted(rows: Sequence[Row]) -> Iterable[Row]:
-    """Stds worth a quotation: spread from the last harmless one to the last of the sweep."""
-    first = max((i for i, row in enumerate(rows) if row["kl_mean"]["median"] < 1e-3), default=0)
-    step = (len(rows) - 1 - first) / (QUOTED - 1)
-    return [rows[round(first + i * step)] for i in range(QUOTED)]
+def quoted(rows: Sequence[Row]) -> list[Row]:
+    """Stds worth a quotation: the last healthy one, the first of each worse verdict, the last."""
+    said = [row["verdict_healthy"] for row in rows]
+    healthy = [i for i, verdict in enumerate(said) if verdict == "pass"]
+    worth = [healthy[-1:], *([said.index(v)] for v in ("warn", "fail") if v in said)]
+    chosen = {0, len(rows) - 1} if not healthy else {len(rows) - 1}
+    chosen |= {i for some in worth for i in some}
+    return [rows[i] for i in sorted(chosen)][-QUOTED:]
 
 
-def quote(axes: "Axes", rows: Sequence[Row]) -> None:
+def quote(figure: "SubFigure", rows: Sequence[Row]) -> None:
     """What the model writes, seed 0, at a few stds side by side."""
-    axes.set_axis_off()
-    for column, row in enumerate(quoted(rows)):
-        x = column / QUOTED
+    shown = quoted(rows)
+    for row, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
+        axes.set_axis_off()
+        style = {"va": "top", "transform": axes.transAxes}
         colour = DARK[row["verdict_healthy"]]
-        axes.text(x, 1, f"std {row['std']:.2g}", color=colour, fontweight="bold", va="top",
-                  fontsize=11, transform=axes.transAxes)  # fmt: skip
-        parts = []
-        for sample in row["samples"]:
-            parts += textwrap.wrap(legible(sample["prompt"], 60), 34)
-            parts += [f"   {x}" for x in textwrap.wrap(legible(sample["adapted"], 110), 31)]
-            parts.append("")
-        text = "\n".join(parts).replace("$", r"\$")
-        axes.text(x, 0.88, text, color=INK, va="top", fontsize=9, transform=axes.transAxes)
+        axes.text(
+            0, 1, f"std {row['std']:.2g}", color=colour, fontsize=11, fontweight="bold", **style
+        )
+        for sample, top in zip(row["samples"], (0.86, 0.42), strict=True):
+            prompt = textwrap.fill(legible(sample["prompt"], 60), 36)
+            axes.text(0, top, escaped(prompt), color=QUIET, fontsize=9, **style)
+            answer = textwrap.fill(legible(sample["adapted"], 90), 34)
+            axes.text(0.02, top - 0.1, escaped(answer), color=INK, fontsize=9, **style)
+
+
+def escaped(text: str) -> str:
+    """Text that matplotlib takes for no formula."""
+    return text.replace("$", r"\$")
 
 
 if __name__ == "__main__":

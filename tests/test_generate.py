@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_lora.generate import decode, drawer_of, fork, log_softmax, noise, prefill, sampling_logps
+from mlx_lora.generate import decode, drawer_of, fork, noise, prefill, sampling_logps
 from mlx_lora.models import split_head
+from mlx_lora.numerics import log_softmax
 from tests.tiny import tiny
 
 PROMPTS = [[5, 17, 3, 44], [8, 1, 90, 12, 77, 4], [9, 9, 2, 30]]

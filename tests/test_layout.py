@@ -16,12 +16,12 @@ LAYERS = [  # each may import from its own row and from those above it
     ["errors"],
     ["types", "registry", "yamlfile", "platform"],
     ["schema", "conflicts", "config", "tasks"],
-    ["cpu", "cpu_layers", "models", "generate", "adapter", "runlog", "progress"],
+    ["cpu", "cpu_layers", "models", "numerics", "generate", "adapter", "runlog", "progress"],
     ["check", "spectral"],
     ["rl", "sft"],
     ["ship"],
     ["experiment"],
-    ["doctor", "listing", "show", "cli", "__init__", "__main__"],
+    ["doctor", "listing", "plan", "show", "cli", "__init__", "__main__"],
 ]
 LEVEL = {unit: level for level, row in enumerate(LAYERS) for unit in row}
 LIGHT = ["__init__", "__main__", "cli", "config", "registry", "errors"]

@@ -10,9 +10,14 @@ import numpy as np
 
 from mlx_lora.adapter.attach import lora_layers, switched_off
 from mlx_lora.check.probes import Probes
-from mlx_lora.generate import generate, log_softmax
-from mlx_lora.models import Loaded, logits
+from mlx_lora.generate import generate
+from mlx_lora.models import Loaded, logits, pad_right
+from mlx_lora.numerics import entropy, exp, log_softmax
 from mlx_lora.types import Rollout
+
+
+BLOCK_ROWS = 16  # texts that run together ...
+BLOCK_FLOATS = 64_000_000  # ... fewer where their logits would take more than a quarter of a GB
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,37 @@ class Measured:
     samples: Sequence[SamplePair] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Texts that run together. Shapes: N texts, T positions, right-padded."""
+
+    ids_NT: mx.array
+    targets_NT: mx.array  # the token after each position
+    scored_NT: np.ndarray  # True where that token counts
+
+
+def blocks(probes: Probes, vocabulary: int) -> list[Block]:
+    """Texts of similar length together, so that logits [N, T, V] stay small and padding rare."""
+    found: list[Block] = []
+    texts = sorted(probes.texts, key=lambda t: len(t[0]))
+    while texts:
+        rows = max(1, min(BLOCK_ROWS, BLOCK_FLOATS // (vocabulary * len(texts[0][0]))))
+        mine, texts = texts[:rows], texts[rows:]
+        ids_NT, _ = pad_right([ids for ids, _ in mine])
+        at_T = np.arange(ids_NT.shape[1])
+        scored = [(at_T >= start - 1) & (at_T < len(ids) - 1) for ids, start in mine]
+        found.append(Block(ids_NT, mx.roll(ids_NT, -1, axis=1), np.stack(scored)))
+    return found
+
+
 def fingerprint(loaded: Loaded, probes: Probes) -> list[str]:
-    """A hash of the logits of every text: taken before attaching, compared after."""
-    return [digest(logits(loaded.model, mx.array([ids]))) for ids, _ in probes.texts]
+    """Hashes of the logits of every text: taken before attaching, compared after."""
+    vocabulary = vocabulary_of(loaded)
+    return [digest(logits(loaded.model, b.ids_NT)) for b in blocks(probes, vocabulary)]
+
+
+def vocabulary_of(loaded: Loaded) -> int:
+    return logits(loaded.model, mx.array([[0]])).shape[-1]
 
 
 def digest(array: mx.array) -> str:
@@ -64,45 +97,49 @@ def digest(array: mx.array) -> str:
 def measure(
     loaded: Loaded, probes: Probes, base_prints: Sequence[str], *, sample_tokens: int, seed: int
 ) -> Measured:
-    """Everything the gates look at. `base_prints`: the model's fingerprint before attaching."""
-    kls, nlls, entropies, agree, identical, restored = [], [], [], [], [], []
-    vocabulary = 0
-    for (ids, start), base_print in zip(probes.texts, base_prints, strict=True):
-        ids_1T = mx.array([ids])
+    """Everything the gates look at.
+
+    `base_prints` is the fingerprint of the model before attaching.
+    """
+    vocabulary = vocabulary_of(loaded)
+    identical, restored, rows = [], [], []
+    for block, base_print in zip(blocks(probes, vocabulary), base_prints, strict=True):
         with switched_off(loaded.model):
-            base_TV = logits(loaded.model, ids_1T)
-            mx.eval(base_TV)
-        adapted_TV = logits(loaded.model, ids_1T)
-        restored.append(digest(base_TV) == base_print)
-        identical.append(digest(adapted_TV) == base_print)
-        vocabulary = base_TV.shape[-1]
-        scored = slice(start - 1, len(ids) - 1)
-        p, q = log_softmax(base_TV[0, scored]), log_softmax(adapted_TV[0, scored])
-        kls.append(np.array((mx.exp(p) * (p - q)).sum(axis=-1)))
-        agree.append(np.array(mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)))
-        targets = mx.array(ids[start:])[:, None]
-        nlls.append([-np.array(mx.take_along_axis(x, targets, axis=-1))[:, 0] for x in (p, q)])
-        entropies.append([np.array(-(mx.exp(x) * x).sum(axis=-1)) for x in (p, q)])
-    kl = np.concatenate(kls)
-    nll = [np.concatenate([n[side] for n in nlls]).mean() for side in (0, 1)]
-    entropy = [np.concatenate([e[side] for e in entropies]).mean() for side in (0, 1)]
+            base_NTV = logits(loaded.model, block.ids_NT)
+            restored.append(digest(base_NTV) == base_print)
+        adapted_NTV = logits(loaded.model, block.ids_NT)
+        identical.append(digest(adapted_NTV) == base_print)
+        rows.append(compared(block, log_softmax(base_NTV), log_softmax(adapted_NTV)))
+    kl, agree, nll_base, nll_adapted, entropy_base, entropy_adapted = np.concatenate(rows, axis=1)
     layers = lora_layers(loaded.model)
     return Measured(
         bitwise_identical=all(identical),
         off_restores_base=all(restored),
         kl_mean=float(kl.mean()),
         kl_p99=float(np.quantile(kl, 0.99)),
-        top1_agreement=float(np.concatenate(agree).mean()),
-        perplexity_base=perplexity(nll[0]),
-        perplexity_adapted=perplexity(nll[1]),
-        entropy_base=float(entropy[0]),
-        entropy_adapted=float(entropy[1]),
+        top1_agreement=float(agree.mean()),
+        perplexity_base=perplexity(nll_base.mean()),
+        perplexity_adapted=perplexity(nll_adapted.mean()),
+        entropy_base=float(entropy_base.mean()),
+        entropy_adapted=float(entropy_adapted.mean()),
         vocabulary=vocabulary,
         b_norm=float(np.sqrt(sum((m.lora_b**2).sum().item() for m in layers.values()))),
         non_finite=[n for n, m in layers.items() if not is_finite(m)],
         dropout=max((1 - m.dropout._p_1 for m in layers.values()), default=0.0),
         **sampling(loaded, probes.prompts, sample_tokens, seed),
     )
+
+
+def compared(block: Block, p_NTV: mx.array, q_NTV: mx.array) -> np.ndarray:
+    """Six numbers per scored token: KL, same top token, and surprise and entropy of both sides."""
+    targets_NT1 = block.targets_NT[..., None]
+    columns = [
+        (exp(p_NTV) * (p_NTV - q_NTV)).sum(axis=-1),
+        mx.argmax(p_NTV, axis=-1) == mx.argmax(q_NTV, axis=-1),
+        *(-mx.take_along_axis(x, targets_NT1, axis=-1)[..., 0] for x in (p_NTV, q_NTV)),
+        *(entropy(x) for x in (p_NTV, q_NTV)),
+    ]
+    return np.stack([np.array(c)[block.scored_NT] for c in columns])
 
 
 def perplexity(nll: float) -> float:
@@ -144,14 +181,13 @@ def flat(groups: Sequence[Sequence[Rollout]]) -> list[Rollout]:
 
 def surprisal(loaded: Loaded, rollouts: Sequence[Rollout]) -> float:
     """Mean nats per token of these completions under the model as it stands."""
-    total, count = 0.0, 0
-    for r in rollouts:
-        ids = [*r.prompt_ids, *r.ids]
-        logps_TV = log_softmax(logits(loaded.model, mx.array([ids]))[0, len(r.prompt_ids) - 1 : -1])
-        picked_T1 = mx.take_along_axis(logps_TV, mx.array(r.ids)[:, None], axis=-1)
-        total -= cast(float, picked_T1.sum().item())
-        count += len(r.ids)
-    return total / max(count, 1)
+    probes = Probes([([*r.prompt_ids, *r.ids], len(r.prompt_ids)) for r in rollouts], [])
+    scored = []
+    for block in blocks(probes, vocabulary_of(loaded)):
+        logps_NTV = log_softmax(logits(loaded.model, block.ids_NT))
+        picked = mx.take_along_axis(logps_NTV, block.targets_NT[..., None], axis=-1)[..., 0]
+        scored.append(-np.array(picked)[block.scored_NT])
+    return float(np.concatenate(scored).mean())
 
 
 def distinct(rollouts: Sequence[Rollout]) -> float:

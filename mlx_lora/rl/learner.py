@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapter.attach import switched_off
 from mlx_lora.generate import prefill
 from mlx_lora.models import pad_right, plain_cache, split_head
+from mlx_lora.numerics import entropy, log_softmax
 from mlx_lora.rl.losses import k3, masked_mean
 from mlx_lora.types import Batch, Rollout
 
@@ -65,10 +66,9 @@ def completion_logps(
     whole = completion_hidden if plain_cache(model) else completion_hidden_in_full
     hidden_BTD = whole(model, packed)
     logits_BTV = split_head(model).head(hidden_BTD).astype(mx.float32) / temperature
-    logps_BTV = logits_BTV - mx.logsumexp(logits_BTV, axis=-1, keepdims=True)
+    logps_BTV = log_softmax(logits_BTV)
     logps_BT = mx.take_along_axis(logps_BTV, packed.targets_BT[..., None], axis=-1)[..., 0]
-    still_BTV = mx.stop_gradient(logps_BTV)
-    return logps_BT, -(mx.exp(still_BTV) * still_BTV).sum(axis=-1)
+    return logps_BT, entropy(logps_BTV)
 
 
 def completion_hidden(model: nn.Module, packed: Packed) -> mx.array:
