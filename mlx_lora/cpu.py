@@ -1,6 +1,6 @@
 """The CPU fast path. Nothing here has any effect where MLX runs on a GPU.
 
-The Linux wheel of MLX carries the reference BLAS, and its quantized matmul is as slow. Two ways out:
+The Linux wheel of MLX carries the reference BLAS; its quantized matmul is as slow. Two ways out:
 
 - `openblas`: a system OpenBLAS is loaded before MLX, whose BLAS calls then resolve to it; frozen
   quantized layers multiply by a dense copy.
@@ -93,8 +93,8 @@ def follow(model: Any) -> None:
 def accelerate(model: Any) -> int:
     """Give a frozen model's layers the fast products, before anything is measured on it.
 
-    Returns how many layers changed: none on a GPU, in low precision, or where the dense copies would
-    take too much memory.
+    Returns how many layers changed: none on a GPU, in low precision, or where the dense copies
+    would take too much memory.
     """
     if mode() not in ("openblas", "numpy"):
         return 0

@@ -13,7 +13,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
-
 LINEARS = (nn.Linear, nn.QuantizedLinear)
 
 
@@ -28,7 +27,7 @@ def rows(x: np.ndarray) -> np.ndarray:
 
 
 def dense(layer: Any) -> mx.array:
-    """The float32 weight [O, I] of a frozen layer, dequantized once and kept outside its parameters."""
+    """The float32 weight [O, I] of a frozen layer, made once and kept outside its parameters."""
     if "_dense" not in layer.__dict__:
         weight = layer.weight
         if "scales" in layer:
@@ -40,7 +39,7 @@ def dense(layer: Any) -> mx.array:
     return layer.__dict__["_dense"]
 
 
-def numpy_matmul(x: mx.array, weight_OI: np.ndarray) -> mx.array:
+def numpy_matmul(x: mx.array, weight_OI: np.ndarray) -> Any:
     """x @ weight.T in NumPy, differentiable in x."""
 
     @mx.custom_function
@@ -54,7 +53,9 @@ def numpy_matmul(x: mx.array, weight_OI: np.ndarray) -> mx.array:
     return product(x)
 
 
-def numpy_lora(x: mx.array, a_IR: mx.array, b_RO: mx.array, weight_OI: np.ndarray, scale: float):
+def numpy_lora(
+    x: mx.array, a_IR: mx.array, b_RO: mx.array, weight_OI: np.ndarray, scale: float
+) -> Any:
     """x @ weight.T + scale · (x @ a) @ b in NumPy, differentiable in x, a and b."""
     kept: dict[str, np.ndarray] = {}
 
@@ -115,7 +116,7 @@ def swiglu_vjp(primals, cotangent, output):
     gate, up = (view(x) for x in primals)
     s = sigmoid(gate)
     bar = view(cotangent)
-    return mx.array(bar * view(primals[1]) * s * (1 + gate * (1 - s))), mx.array(bar * gate * s)
+    return mx.array(bar * up * s * (1 + gate * (1 - s))), mx.array(bar * gate * s)
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -135,8 +136,8 @@ def swiglu_twin(parent: type) -> type:
     return type(f"Fast{parent.__name__}", (parent,), {"__call__": call})
 
 
-def hasten_mlp(module: nn.Module) -> bool:
-    """Make a gated MLP fast if it is the usual kind: tried on a few inputs, believed if it agrees."""
+def hasten_mlp(module: Any) -> bool:
+    """Make a gated MLP fast if it is the usual kind: tried on an input, believed if it agrees."""
     parent = type(module)
     parts = all(isinstance(module.get(n), LINEARS) for n in ("gate_proj", "up_proj", "down_proj"))
     if not parts or parent.__name__.startswith("Fast"):
@@ -152,7 +153,7 @@ def hasten_mlp(module: nn.Module) -> bool:
     return False
 
 
-def with_bias(layer: nn.Module, y: mx.array) -> mx.array:
+def with_bias(layer: Any, y: mx.array) -> mx.array:
     return y + layer.bias if "bias" in layer else y
 
 
@@ -195,7 +196,7 @@ class NumpyLoRALinear(LoRALinear):
         frozen = isinstance(self.linear, (NumpyLinear, NumpyQuantizedLinear))
         if x.dtype != mx.float32 or dropping or not frozen:
             return super().__call__(x)
-        scale = self.scale.item() if isinstance(self.scale, mx.array) else self.scale
+        scale = float(np.array(self.scale))  # a Python number, or an array when scheduled
         y = numpy_lora(x, self.lora_a, self.lora_b, view(dense(self.linear)), scale)
         return with_bias(self.linear, y)
 

@@ -1,8 +1,8 @@
 """Batched decoding: many prompts, several completions each, one fixed width.
 
-Each prompt is prefilled once, its cache forked to the group, and all rows decode together at a fixed
-width. Sampled ids are kept as drawn with the log-probability of the distribution that drew them. A
-row's randomness depends on (seed, step, prompt index, member) alone.
+Each prompt is prefilled once, its cache forked to the group, and all rows decode together at a
+fixed width. Sampled ids are kept as drawn, with the log-probability of the distribution that drew
+them. A row's randomness depends on (seed, step, prompt index, member) alone.
 """
 
 import hashlib
@@ -90,7 +90,7 @@ def prefill(
     return mx.concatenate(hidden)[mx.array(rows)], forked
 
 
-def fork(buckets: Sequence[KVCache], row_of_B: mx.array) -> KVCache | BatchKVCache:
+def fork(buckets: Sequence[Any], row_of_B: mx.array) -> KVCache | BatchKVCache:
     """One cache of B rows from buckets of different lengths, left-padded, rows gathered by index.
 
     Prompts of a single length need no padding and keep the plain cache, which every model accepts.
@@ -109,7 +109,7 @@ def fork(buckets: Sequence[KVCache], row_of_B: mx.array) -> KVCache | BatchKVCac
         pads = [[(0, 0), (0, 0), (width - c.offset, 0), (0, 0)] for c in buckets]
         return mx.concatenate([mx.pad(x, p) for x, p in zip(parts, pads, strict=True)])[row_of_B]
 
-    cache = BatchKVCache(mx.array(padding)[row_of_B].tolist())
+    cache = BatchKVCache(np.array(padding)[np.array(row_of_B)].tolist())
     cache.keys, cache.values = stack("keys"), stack("values")
     cache.offset = cache.offset + width
     cache._idx = width
@@ -139,7 +139,7 @@ def drawer_of(
 def sampling_logps(
     logits_BV: mx.array, temperature: float, top_p: float = 1.0, top_k: int = 0
 ) -> mx.array:
-    """Log-probabilities of the distribution that is sampled: temperature, then top-k, then top-p."""
+    """Log-probabilities of what is sampled: temperature, then top-k, then top-p."""
     logps_BV = log_softmax(logits_BV / temperature)
     if 0 < top_k < logits_BV.shape[-1]:
         floor_B1 = mx.sort(logps_BV, axis=-1)[:, -top_k][:, None]

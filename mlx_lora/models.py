@@ -41,7 +41,7 @@ def resolve(name: str) -> Path:
         if not (local / "config.json").is_file():
             raise ModelError(
                 f"{name} is no model folder: it has no config.json",
-                "Give a folder with config.json, *.safetensors and a tokenizer, a hub id, or `demo`.",
+                "Give a folder with config.json, weights and a tokenizer, a hub id, or `demo`.",
             )
         return local
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
@@ -102,7 +102,7 @@ def quantized(
     group_size: int = 64,
     mode: str = "affine",
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model with its weights packed, and the config that says so. Raises when nothing can be."""
+    """The model with packed weights, and the config that says so. Raises when nothing packs."""
     from mlx_lm.utils import quantize_model
 
     try:

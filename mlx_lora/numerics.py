@@ -1,5 +1,7 @@
 """Functions over a vocabulary, in float32, by the quickest way the device has."""
 
+from typing import cast
+
 import mlx.core as mx
 
 from mlx_lora import cpu
@@ -14,7 +16,7 @@ def log_softmax(logits: mx.array) -> mx.array:
     if cpu.fast():
         from mlx_lora import cpu_layers
 
-        return cpu_layers.log_softmax(logits)
+        return cast(mx.array, cpu_layers.log_softmax(logits))
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 

@@ -1,4 +1,4 @@
-"""`train --dry-run`: everything validated, one step tried without learning, and what a run will cost."""
+"""`train --dry-run`: everything validated, one step tried, and what a run will cost."""
 
 import time
 from typing import Any

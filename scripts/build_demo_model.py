@@ -13,8 +13,6 @@ import random
 import time
 from pathlib import Path
 
-import mlx_lora.cpu  # first: on Linux the package puts OpenBLAS in place before MLX loads
-
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -22,9 +20,16 @@ import numpy as np
 from demo_corpus import problems, question, story
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.llama import Model, ModelArgs
-from mlx_lora.tasks import load_task
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
 
+import mlx_lora.cpu  # first: on Linux the package puts OpenBLAS in place before MLX loads
+from mlx_lora import models
+from mlx_lora.rl.evaluate import evaluate
+from mlx_lora.tasks import load_task
+
+ASSETS = Path(mlx_lora.__file__).parent / "assets"
+CARD = "card.json"
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 TAGS = ["<answer>", "</answer>", "<think>", "</think>"]
 END, USER, ASSISTANT = range(3)
@@ -50,7 +55,7 @@ ARGS = {
 
 def build_tokenizer(rng: random.Random) -> Tokenizer:
     """Byte-level BPE, so any UTF-8 round-trips; whole numbers to 99 are one token each."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(
@@ -82,7 +87,7 @@ def build_tokenizer(rng: random.Random) -> Tokenizer:
 def chat(tokenizer: Tokenizer, user: str, answer: str) -> tuple[list[int], int]:
     """Token ids and the index of the first one to learn from."""
     head = [USER, *tokenizer.encode(user).ids, END, ASSISTANT]
-    return head + [*tokenizer.encode(answer).ids, END], len(head)
+    return [*head, *tokenizer.encode(answer).ids, END], len(head)
 
 
 def plain(tokenizer: Tokenizer, text: str) -> tuple[list[int], int]:
@@ -173,9 +178,10 @@ def save(model: nn.Module, tokenizer: Tokenizer, out: Path) -> None:
 
 
 def check_rows(rng: random.Random) -> list[dict[str, str]]:
-    """Held-out text for the corruption check: stories, answers, Countdown problems of the test split."""
+    """Held-out text for the corruption check: stories, answers, test problems of Countdown."""
     rows = [{"text": story(rng)} for _ in range(12)]
-    rows += [dict(zip(("prompt", "completion"), question(rng), strict=True)) for _ in range(12)]
+    for asked, answer in (question(rng) for _ in range(12)):
+        rows.append({"prompt": asked, "completion": answer})
     held_out = load_task("countdown").load("test", 8, 1)
     rows += [{"prompt": s.prompt, "completion": s.gold} for s in held_out]
     rows += [{"prompt": question(rng)[0]} for _ in range(4)]
@@ -185,24 +191,52 @@ def check_rows(rng: random.Random) -> list[dict[str, str]]:
     return rows
 
 
+def held_out_perplexity(loaded: models.Loaded, rng: random.Random, count: int = 200) -> float:
+    """exp of the mean nats per token of fresh stories, read as plain text."""
+    end = min(models.eos_ids(loaded.tokenizer))
+    rows = [([*loaded.tokenizer.encode(story(rng)), end], 1) for _ in range(count)]
+    ids, mask = pad(rows)
+    return math.exp(np.array(nll(loaded.model, ids, mask)))
+
+
+def card_of(folder: Path, training: dict) -> dict:
+    """What the model is and how good: measured on text and problems that it never saw."""
+    sizes = mx.load(str(folder / "model.safetensors")).values()
+    card = {"training": training, "parameters": sum(x.size for x in sizes), "results": {}}
+    for name, quantize in (("bf16", {"bits": None}), ("4 bit", models.DEMO_QUANTIZATION)):
+        loaded = models.load(str(folder), quantize=quantize)
+        found = evaluate(loaded, load_task("countdown"), n=1000, max_tokens=16)
+        card["results"][name] = {
+            "countdown": found,
+            "perplexity": round(held_out_perplexity(loaded, random.Random("held out")), 3),
+        }
+    return card
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("mlx_lora/assets/demo_model"))
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--games", type=int, default=40, help="Countdown rows a step")
-    parser.add_argument("--texts", type=int, default=48, help="text rows a step")
-    parser.add_argument("--peak", type=float, default=3e-3)
+    parser.add_argument("--out", type=Path, default=ASSETS / "demo_model")
+    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--games", type=int, default=96, help="Countdown rows a step")
+    parser.add_argument("--texts", type=int, default=40, help="text rows a step")
+    parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--card-only", action="store_true", help="measure the model that is there")
     args = parser.parse_args()
     mx.random.seed(args.seed)
     mlx_lora.cpu.settle()
-    tokenizer = build_tokenizer(random.Random(args.seed))
-    model, card = train(tokenizer, args.steps, args.games, args.texts, args.peak, args.seed)
-    save(model, tokenizer, args.out)
-    rows = check_rows(random.Random(f"check/{args.seed}"))
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (args.out.parent / "check_demo.jsonl").write_text(lines)
-    print(card)
+    if args.card_only:
+        training = json.loads((args.out / CARD).read_text())["training"]
+    else:
+        tokenizer = build_tokenizer(random.Random(args.seed))
+        model, training = train(tokenizer, args.steps, args.games, args.texts, args.peak, args.seed)
+        save(model, tokenizer, args.out)
+        rows = check_rows(random.Random(f"check/{args.seed}"))
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (args.out.parent / "check_demo.jsonl").write_text(lines)
+    card = card_of(args.out, training)
+    (args.out / CARD).write_text(json.dumps(card, indent=2) + "\n")
+    print(json.dumps(card, indent=2))
 
 
 if __name__ == "__main__":

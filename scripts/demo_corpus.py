@@ -10,25 +10,126 @@ from collections.abc import Iterator
 from mlx_lora.registry import options
 from mlx_lora.tasks import countdown
 
-PEOPLE = (
-    "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Lena Max Nora Oscar Paula Tom".split()
-)
-ANIMALS = "cat dog horse bird fox rabbit duck mouse bear sheep goat frog".split()
-THINGS = "ball book box cup hat key lamp map pen rope shoe stone stick coat bag drum".split()
-FOODS = "apple bread cake cheese egg fish pear plum rice soup carrot cookie".split()
-PLACES = "garden house forest river park school market kitchen barn beach tower village".split()
-COLOURS = "red blue green yellow white black brown grey".split()
-SIZES = "big small old new round heavy light soft warm cold".split()
-MOODS = "happy sad tired hungry proud quiet brave kind calm curious".split()
-WEATHER = "sunny rainy windy cloudy snowy foggy".split()
-TIMES = "morning evening afternoon night summer winter spring autumn".split()
-FINDS = "found saw took carried dropped washed painted lost wanted liked".split()
-GOES = "walked ran went rode hurried came".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen nineteen twenty"
-).split()
+PEOPLE = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Ida",
+    "Jack",
+    "Lena",
+    "Max",
+    "Nora",
+    "Oscar",
+    "Paula",
+    "Tom",
+]
+ANIMALS = [
+    "cat",
+    "dog",
+    "horse",
+    "bird",
+    "fox",
+    "rabbit",
+    "duck",
+    "mouse",
+    "bear",
+    "sheep",
+    "goat",
+    "frog",
+]
+THINGS = [
+    "ball",
+    "book",
+    "box",
+    "cup",
+    "hat",
+    "key",
+    "lamp",
+    "map",
+    "pen",
+    "rope",
+    "shoe",
+    "stone",
+    "stick",
+    "coat",
+    "bag",
+    "drum",
+]
+FOODS = [
+    "apple",
+    "bread",
+    "cake",
+    "cheese",
+    "egg",
+    "fish",
+    "pear",
+    "plum",
+    "rice",
+    "soup",
+    "carrot",
+    "cookie",
+]
+PLACES = [
+    "garden",
+    "house",
+    "forest",
+    "river",
+    "park",
+    "school",
+    "market",
+    "kitchen",
+    "barn",
+    "beach",
+    "tower",
+    "village",
+]
+COLOURS = ["red", "blue", "green", "yellow", "white", "black", "brown", "grey"]
+SIZES = ["big", "small", "old", "new", "round", "heavy", "light", "soft", "warm", "cold"]
+MOODS = ["happy", "sad", "tired", "hungry", "proud", "quiet", "brave", "kind", "calm", "curious"]
+WEATHER = ["sunny", "rainy", "windy", "cloudy", "snowy", "foggy"]
+TIMES = ["morning", "evening", "afternoon", "night", "summer", "winter", "spring", "autumn"]
+FINDS = [
+    "found",
+    "saw",
+    "took",
+    "carried",
+    "dropped",
+    "washed",
+    "painted",
+    "lost",
+    "wanted",
+    "liked",
+]
+GOES = ["walked", "ran", "went", "rode", "hurried", "came"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+WORDS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+]
 LEGS = {"cat": 4, "dog": 4, "horse": 4, "bird": 2, "duck": 2, "fox": 4, "sheep": 4, "goat": 4}
 SKY = {"sky": "blue", "grass": "green", "snow": "white", "sun": "yellow", "coal": "black"}
 
@@ -64,7 +165,7 @@ def story(rng: random.Random) -> str:
     closing = c(
         [
             f"In the end {who} was {mood}.",
-            f"Then they all went home.",
+            "Then they all went home.",
             f"The {animal} slept until the {c(TIMES)}.",
             f"{other} said thank you to {who}.",
         ]
@@ -125,12 +226,14 @@ def problems(rng: random.Random) -> Iterator[tuple[str, str]]:
     than it usually does, and RL has to find out which habit pays.
     """
     option = options(countdown.build)
-    ranges = [
+    draws = countdown.stream(
+        rng,
+        "train",
         (option["min_count"], option["max_count"]),
         (option["low"], option["high"]),
         (option["target_low"], option["target_high"]),
-    ]
-    draws = countdown.stream(rng, "train", *ranges, option["operators"])
+        option["operators"],
+    )
     for numbers, target, gold in draws:
         careless = rng.random() < CARELESS
         answer = " + ".join(map(str, numbers)) if careless else gold

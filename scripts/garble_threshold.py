@@ -4,20 +4,23 @@
 
 Sweeps std at rank 8 and scale 2.0, three seeds each, one fresh model a point, and writes
 figures/garble_threshold.png, .json and .md; the table also goes into docs/check.md. About a minute
-and a half on two CPU cores.
+on two CPU cores.
 """
 
 import json
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 from mlx_lora import models
-from mlx_lora.check import gate
+from mlx_lora.check import gate, probes
 from mlx_lora.check.metrics import Measured
+from mlx_lora.numerics import log_softmax
 from mlx_lora.registry import options
 from mlx_lora.runlog import atomically, commit, json_safe, version
 from mlx_lora.spectral.report import LoRAAnalyzer
@@ -35,6 +38,15 @@ COLOURS = {"pass": "#d9efdb", "warn": "#fdf0cf", "fail": "#f8d7d3"}
 DARK = {"pass": "#2e7d32", "warn": "#b26a00", "fail": "#b3261e"}
 INK, QUIET = "#222222", "#6b6b6b"
 QUOTED = 4  # stds whose samples are shown in the picture
+LABELS = {
+    "kl_mean": "KL(base ‖ adapted),\nnats per token",
+    "perplexity_ratio": "perplexity of known-good text,\ntimes the base's",
+    "sample_nll_excess": "surprise of samples over the\nbase's own, nats per token",
+}
+CAPTION = (
+    "Line: median of the seeds. Band: their range. "
+    "Shade: verdict on the start, of which any but a harmless one is warned."
+)
 Row = dict[str, Any]
 
 
@@ -44,22 +56,24 @@ def main() -> None:
     for std in stds:
         rows.append(summary(std, [measured(std, seed) for seed in SEEDS]))
         print(line(rows[-1]), flush=True)
+    cost = quantization()
     about = {
         "script": "scripts/garble_threshold.py",
         "rank": RANK,
         "scale": SCALE,
         "seeds": SEEDS,
+        "quantization": cost,
         "commit": commit(),
         "versions": {name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
     }
     OUT.parent.mkdir(exist_ok=True)
     text = json.dumps(json_safe({"about": about, "rows": rows}), indent=2, allow_nan=False)
     write(OUT.with_suffix(".json"), text + "\n")
-    shown = table(rows)
+    shown = table(rows, cost)
     write(OUT.with_suffix(".md"), shown)
     paste(shown, PAGE)
     with atomically(OUT.with_suffix(".png")) as part:
-        draw(rows).savefig(part, format="png", dpi=110)
+        draw(rows, cost).savefig(part, format="png", dpi=110)
 
 
 def measured(std: float, seed: int) -> Row:
@@ -92,6 +106,20 @@ def measured(std: float, seed: int) -> Row:
     }
 
 
+def quantization() -> dict[str, float]:
+    """What 4-bit quantization itself does to the model, without any adapter: the same numbers."""
+    import mlx.core as mx  # not at the top: on Linux our package must load OpenBLAS before it
+
+    whole, packed = models.load(str(models.DEMO_FOLDER)), models.load(models.DEMO)
+    kls, same = [], []
+    for ids, start in probes.read(packed).texts:
+        both = [models.logits(m.model, mx.array([ids]))[0] for m in (whole, packed)]
+        p_TV, q_TV = (np.array(log_softmax(x))[start - 1 : len(ids) - 1] for x in both)
+        kls += (np.exp(p_TV) * (p_TV - q_TV)).sum(axis=-1).tolist()
+        same += (p_TV.argmax(axis=-1) == q_TV.argmax(axis=-1)).tolist()
+    return {"kl_mean": statistics.fmean(kls), "top1_agreement": statistics.fmean(same)}
+
+
 def verdict(m: Measured, expect: str) -> str:
     """What the gates would say of the same numbers in an adapter from disk."""
     said = [found for name in gate.gates if (found := gate.gates[name](m, expect, None))]
@@ -100,12 +128,10 @@ def verdict(m: Measured, expect: str) -> str:
 
 def summary(std: float, runs: Sequence[Row]) -> Row:
     """One std over its seeds: median and range of each number, the worst verdict, two samples."""
-    numbers = [key for key, value in runs[0].items() if isinstance(value, float)]
-    spread = {
-        key: {"median": statistics.median(v), "low": min(v), "high": max(v)}
-        for key in numbers
-        if (v := [run[key] for run in runs])
-    }
+    spread = {}
+    for key in (key for key, value in runs[0].items() if isinstance(value, float)):
+        values = [run[key] for run in runs]
+        spread[key] = {"median": statistics.median(values), "low": min(values), "high": max(values)}
     worst = {
         key: max((run[key] for run in runs), key=gate.ORDER.index)
         for key in ("verdict", "verdict_healthy")
@@ -126,13 +152,16 @@ def legible(text: str, limit: int) -> str:
     return flat if len(flat) <= limit else f"{flat[: limit - 1].rstrip()}…"
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row], cost: Mapping[str, float]) -> str:
     """Medians as Markdown, made to be pasted."""
     prompt = legible(rows[0]["samples"][1]["prompt"], 60)
     base = legible(rows[0]["samples"][1]["base"], 90)
+    seeds = ", ".join(map(str, SEEDS))
     lines = [
-        f"Medians and the worst verdict over seeds {', '.join(map(str, SEEDS))}, at rank {RANK} and "
-        f"scale {SCALE:g}. The prompt is “{prompt}”; the base writes “{base}”",
+        f"Medians and the worst verdict over seeds {seeds}, at rank {RANK} and scale {SCALE:g}. "
+        f"For comparison: 4-bit quantization itself moved this model by a KL of "
+        f"{cost['kl_mean']:.2g}, with {cost['top1_agreement']:.0%} of top-1 tokens kept. "
+        f"The prompt is “{prompt}”; the base writes “{base}”",
         "",
         "| std | dominance | KL | perplexity | top-1 | a start | an adapter | seed 0 writes |",
         "|---:|---:|---:|---:|---:|---|---|---|",
@@ -165,49 +194,36 @@ def write(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def draw(rows: Sequence[Row]) -> "Figure":
+def draw(rows: Sequence[Row], cost: Mapping[str, float]) -> "Figure":
     """KL, perplexity and surprise against std over the verdicts, and what the model writes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 12), layout="constrained")
     figure.suptitle(headline(rows), fontsize=14, x=0.01, ha="left", color=INK)
-    above, below = figure.subfigures(2, 1, height_ratios=(9.6, 2.4))
-    kl, perplexity, surprise, strip = above.subplots(
-        4, 1, gridspec_kw={"height_ratios": (3, 3, 3, 0.9)}
-    )
-    about = (
-        "Line: median of the seeds. Band: their range. Shade: verdict on the start, of which any"
-    )
-    above.suptitle(
-        f"{about} but a harmless one is warned.", fontsize=9, x=0.01, ha="left", color=QUIET
-    )
+    above, below = cast(Any, figure.subfigures(2, 1, height_ratios=(9.6, 2.4)))
+    above.suptitle(CAPTION, fontsize=9, x=0.01, ha="left", color=QUIET)
+    panels = above.subplots(4, 1, gridspec_kw={"height_ratios": (3, 3, 3, 0.9)})
     stds = [row["std"] for row in rows]
-    for axes in (kl, perplexity, surprise, strip):
+    for axes in panels:
         axes.set_xscale("log")
         axes.set_xlim(edges(rows)[0], edges(rows)[-1])
         axes.set_xticks(stds, ["" for _ in stds])
         axes.set_xticks([], minor=True)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in (kl, perplexity, surprise):
+    for axes in panels[:3]:
         shade(axes, rows, "verdict", 0, 1)
-    curve(kl, rows, "kl_mean", "KL(base ‖ adapted),\nnats per token")
-    kl.set_yscale("log")
-    plain = {"warn": "warn", "fail": "fail"}
-    limits(kl, gate.gates["divergence"], plain)
-    curve(
-        perplexity, rows, "perplexity_ratio", "perplexity of known-good text,\ntimes the base's", 1
-    )
-    as_ratio(perplexity)
-    trained = {f"trained_{k}": f"{v}, for an adapter from disk" for k, v in plain.items()}
-    limits(perplexity, gate.gates["reading"], plain | trained, shift=1)
-    curve(
-        surprise,
-        rows,
-        "sample_nll_excess",
-        "surprise of samples over the\nbase's own, nats per token",
-    )
-    limits(surprise, gate.gates["writing"], plain)
-    verdicts(strip, rows)
+    start = {"warn": "warn", "fail": "fail"}
+    trained = {f"trained_{k}": f"{k}, for an adapter from disk" for k in start}
+    curve(panels[0], rows, "kl_mean")
+    panels[0].set_yscale("log")
+    limits(panels[0], gate.gates["divergence"], start)
+    compare(panels[0], cost["kl_mean"])
+    curve(panels[1], rows, "perplexity_ratio", shift=1)
+    as_ratio(panels[1])
+    limits(panels[1], gate.gates["reading"], start | trained, shift=1)
+    curve(panels[2], rows, "sample_nll_excess")
+    limits(panels[2], gate.gates["writing"], start)
+    verdicts(panels[3], rows)
     quote(below, rows)
     return figure
 
@@ -233,7 +249,7 @@ def shade(axes: "Axes", rows: Sequence[Row], key: str, low: float, high: float) 
         axes.axvspan(left, right, low, high, color=COLOURS[row[key]], linewidth=0, zorder=0)
 
 
-def curve(axes: "Axes", rows: Sequence[Row], key: str, label: str, shift: float = 0) -> None:
+def curve(axes: "Axes", rows: Sequence[Row], key: str, *, shift: float = 0) -> None:
     """Median as a line, the range over seeds as a band, each seed as a dot."""
     stds = [row["std"] for row in rows]
 
@@ -244,7 +260,7 @@ def curve(axes: "Axes", rows: Sequence[Row], key: str, label: str, shift: float 
     axes.plot(stds, of("median"), color="#2171b5", linewidth=2)
     dots = [(row["std"], run[key] - shift) for row in rows for run in row["runs"]]
     axes.plot(*zip(*dots, strict=True), "o", color="#0b3c6f", markersize=3)
-    axes.set_ylabel(label, fontsize=10, color=INK)
+    axes.set_ylabel(LABELS[key], fontsize=10, color=INK)
 
 
 def limits(
@@ -258,6 +274,14 @@ def limits(
         axes.axhline(known[option] - shift, color=colour, linestyle="--", linewidth=1, zorder=1)
         text = f" {label}: {known[option]:g}"
         axes.text(left, known[option] - shift, text, color=colour, fontsize=9, va="bottom")
+
+
+def compare(axes: "Axes", value: float) -> None:
+    """What the model has been through already: a line to judge the others by."""
+    axes.axhline(value, color=QUIET, linestyle=":", linewidth=1)
+    text = f"what 4-bit quantization itself did: {value:.2g} "
+    right = axes.get_xlim()[1]
+    axes.text(right, value, text, color=QUIET, fontsize=9, va="bottom", ha="right")
 
 
 def as_ratio(axes: "Axes") -> None:

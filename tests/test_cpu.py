@@ -11,7 +11,6 @@ from mlx.utils import tree_flatten
 
 from mlx_lora import cpu, cpu_layers
 from mlx_lora.adapter.attach import attach, lora_layers
-from mlx_lora.cpu_layers import TWINS
 from mlx_lora.errors import ConfigError
 from tests.tiny import IDS, tiny
 

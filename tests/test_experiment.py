@@ -92,14 +92,14 @@ def test_an_adapter_can_be_trained_on(tmp_path):
     assert summary["accuracy_before"] == pytest.approx(
         json.loads((tmp_path / "one" / "summary.json").read_text())["accuracy_after"]
     )
-    one, two, copy = (files.read(p)[1] for p in
-                      (tmp_path / "one" / "adapters", tmp_path / "two" / "adapters", tmp_path / "copy"))  # fmt: skip
+    folders = (tmp_path / "one" / "adapters", tmp_path / "two" / "adapters", tmp_path / "copy")
+    one, two, copy = (files.read(folder)[1] for folder in folders)
     assert all(mx.array_equal(two[k], copy[k]) for k in two)
     assert any(not mx.array_equal(one[k], two[k]) for k in one)
 
 
 def test_an_adapter_that_has_garbled_the_model_is_not_trained_on(tmp_path):
-    """Five steps at a scale of 20 and a rate of 3e-3 are too much; the check says so, not the RL."""
+    """Five steps at scale 20 and rate 3e-3 are too much; the check says so, before the RL."""
     run(tmp_path / "one")
     with pytest.raises(experiment.CheckFailed, match="perplexity"):
         run(tmp_path / "two", YAML + f"resume_adapter_file: {tmp_path / 'one' / 'adapters'}\n")

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +13,6 @@ from mlx_lora.generate import generate
 from mlx_lora.models import Loaded, logits, pad_right
 from mlx_lora.numerics import entropy, exp, log_softmax
 from mlx_lora.types import Rollout
-
 
 BLOCK_ROWS = 16  # texts that run together ...
 BLOCK_FLOATS = 64_000_000  # ... fewer where their logits would take more than a quarter of a GB
@@ -75,7 +73,7 @@ def blocks(probes: Probes, vocabulary: int) -> list[Block]:
         ids_NT, _ = pad_right([ids for ids, _ in mine])
         at_T = np.arange(ids_NT.shape[1])
         scored = [(at_T >= start - 1) & (at_T < len(ids) - 1) for ids, start in mine]
-        found.append(Block(ids_NT, mx.roll(ids_NT, -1, axis=1), np.stack(scored)))
+        found.append(Block(ids_NT, mx.roll(ids_NT, -1, 1), np.stack(scored)))
     return found
 
 

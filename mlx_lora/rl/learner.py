@@ -31,7 +31,7 @@ class Packed:
 
     @property
     def tokens(self) -> int:
-        return int(self.mask_BT.sum().item())
+        return int(np.array(self.mask_BT).sum())
 
 
 def pack(rollouts: Sequence[Rollout], advantages_B: np.ndarray) -> Packed:

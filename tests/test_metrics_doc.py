@@ -1,0 +1,177 @@
+"""docs/metrics.md lists every key that is written or printed, and none that is not."""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+
+from mlx_lora import config, experiment
+from mlx_lora.check.gate import gates
+from mlx_lora.doctor import examine
+from mlx_lora.plan import plan
+from mlx_lora.progress import console
+from mlx_lora.registry import options
+from mlx_lora.rl.monitor import watchers
+from mlx_lora.spectral import metrics as spectral
+from mlx_lora.spectral.alerts import alerts
+from mlx_lora.spectral.report import to_json
+from mlx_lora.types import Finding, Reward
+
+PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
+YAML = """
+model: demo
+method: grpo
+task: countdown
+iters: 2
+batch_size: 2
+grpo: {group_size: 2}
+rollout: {max_tokens: 8}
+eval: {n: 8}
+monitor: {every: 1}
+"""
+WHOLE = {"reasons", "reasons_before", "reasons_after"}  # what is below them has no row
+WHOLE |= {"check", "environment"}
+WHOLE |= {f"structural.{scaled}per_layer_dominance" for scaled in ("", "scaled_")}
+NAMED = {"adapters": "MODULE", "versions": "PACKAGE"}  # keys below them are names of things
+Rows = dict[str, str]
+
+
+def page() -> dict[str, Rows]:
+    """Heading -> first cell without backticks -> the row's text."""
+    found: dict[str, Rows] = {}
+    heading = ""
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+            found[heading] = {}
+        elif row := re.match(r"\| `([^`]+)` \|", line):
+            assert row[1] not in found[heading], f"{row[1]} is twice under {heading}"
+            found[heading][row[1]] = line
+    return found
+
+
+PAGES = page()
+
+
+def documented(file: str) -> set[str]:
+    """Keys under the heading that begins with this file or command."""
+    (rows,) = [rows for heading, rows in PAGES.items() if heading.startswith(f"`{file}`")]
+    return set(rows)
+
+
+def paths(value: object, path: str = "") -> Iterator[str]:
+    """a.b for nested mappings, a[] for lists."""
+    if isinstance(value, dict) and value and path not in WHOLE:
+        for key, inside in value.items():
+            if not explains_a_null(key, value):
+                step = NAMED.get(path, key)
+                yield from paths(inside, f"{path}.{step}" if path else step)
+    elif isinstance(value, list):
+        for inside in value or [None]:
+            yield from paths(inside, f"{path}[]")
+    else:
+        yield path
+
+
+def explains_a_null(key: str, owner: dict) -> bool:
+    """loss_status beside a loss of null."""
+    about = key.removesuffix("_status")
+    return about != key and about in owner and not about.startswith("kappa")
+
+
+def emitted(document: object) -> set[str]:
+    return set(paths(document))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of two steps whose rewards alternate, so that every group has signal."""
+    folder = tmp_path_factory.mktemp("run")
+    turn = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        real = experiment.load_task
+
+        def alternating(*args):
+            def reward(sample, text):
+                return Reward(float(next(turn) % 2), "correct")
+
+            return replace(real(*args), reward=reward)
+
+        patch.setattr(experiment, "load_task", alternating)
+        experiment.run(config.from_text(YAML), folder, console(quiet=True))
+    return folder
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a .jsonl file, or the one document of a .json file."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(x) for x in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+
+
+FILES = (
+    "metrics.jsonl", "samples.jsonl", "check.json", "summary.json", "time_breakdown.json",
+    "status.json", "environment.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_holds_the_documented_keys(run, name):
+    assert set().union(*(emitted(document) for document in read(run / name))) == documented(name)
+
+
+def test_an_evaluation_holds_the_documented_keys(run):
+    (document,) = read(run / "eval_before.json")
+    assert emitted(document | {"task": "countdown"}) == documented("eval_before.json")
+
+
+def test_a_spectrum_holds_the_documented_keys(run):
+    def blank(record):
+        return record(**{f.name: None for f in fields(record)})
+
+    module = replace(blank(spectral.LoRAAdapterMetrics), singular_values=(1.0,))
+    full = spectral.LoRAReport(
+        {"q_proj": module},
+        blank(spectral.LoRAStructuralMetrics),
+        blank(spectral.LoRADynamicsMetrics),
+        [Finding("name", "q_proj", "message", "action")],
+    )
+    assert emitted(to_json(full)) == documented("spectrum.json")
+    (document,) = read(run / "spectrum.json")
+    assert emitted(document) - {"dynamics", "alerts[]"} <= documented("spectrum.json")
+
+
+def test_an_alert_holds_the_documented_keys():
+    finding = asdict(Finding("name", "", "message", "action"))
+    assert emitted({"step": 0, **finding}) == documented("alerts.jsonl")
+
+
+def test_the_plan_and_the_doctor_print_the_documented_keys():
+    quiet = console(quiet=True)
+    assert emitted(plan(config.from_text(YAML), quiet)) == documented("train --dry-run --json")
+    assert emitted(examine()) == documented("doctor --json")
+
+
+TABLES = {"Gates of the check": [gates], "Alerts": [watchers, alerts]}
+
+
+@pytest.mark.parametrize("heading", TABLES)
+def test_thresholds_are_those_of_the_functions(heading):
+    rows = PAGES[heading]
+    known = {name: options(table[name]) for table in TABLES[heading] for name in table}
+    assert rows.keys() == known.keys()
+    for name, thresholds in known.items():
+        wanted = {f"`{option}` {value:g}" for option, value in thresholds.items()}
+        assert set(re.findall(r"`\w+` [0-9.e-]+\b", rows[name])) == wanted, name
+
+
+def test_every_row_has_all_its_columns():
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    width = 0
+    for before, line in itertools.pairwise(["", *lines]):
+        if line.startswith("|"):
+            width = line.count("|") if not before.startswith("|") else width
+            assert line.count("|") == width, line
