@@ -210,7 +210,7 @@ class Es(Block):
 
 class Monitor(Block):
     every: Count = 10
-    """Steps between looks at the adapter and samples kept."""
+    """Steps between measurements of the KL to the base, and between kept samples."""
 
 
 class Eval(Block):

@@ -39,12 +39,15 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         "base/": "the quantized base that it belongs to",
         "metrics.jsonl": "every step",
         "samples.jsonl": "what the model wrote on the way",
-        "spectrum.json + spectrum_*.png": "what the adapter is",
+        "spectrum.json": "what the adapter is, and in pictures:",
+        "singular_values.png": "  how many directions it uses",
+        "effective_rank.png": "  the rank it uses, by block and layer",
+        "dominance.png": "  how loud it is against the base",
         "time_breakdown.png": "where the time went",
     }
     for name, text in contents.items():
-        if (folder / name.split()[0]).exists():
-            console.print(f"  {name:32}{text}")
+        if (folder / name).exists():
+            console.print(f"  {name:22}{text}")
     base = folder / "base"
     if base.exists():
         console.print("Use it with stock mlx-lm:")

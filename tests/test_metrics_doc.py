@@ -168,6 +168,17 @@ def test_thresholds_are_those_of_the_functions(heading):
         assert set(re.findall(r"`\w+` [0-9.e-]+\b", rows[name])) == wanted, name
 
 
+def test_the_page_on_the_check_names_every_threshold():
+    text = (PAGE.parent / "check.md").read_text(encoding="utf-8")
+    rows, name = {}, ""
+    for row in re.findall(r"(?m)^\| (?:`(\w+)` )?\| (.*) \|$", text.partition("## Gates")[2]):
+        name = row[0] or name  # a row without a name goes on with the gate above it
+        rows[name] = [*rows.get(name, []), *re.findall(r"[0-9.]+\b", row[1])]
+    for name in gates:
+        for option, value in options(gates[name]).items():
+            assert f"{value:g}" in rows[name], f"{name}: {option}"
+
+
 def test_every_row_has_all_its_columns():
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     width = 0
