@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -229,7 +230,13 @@ def learn(
     with clock.measure("spectrum"):
         report = LoRAAnalyzer(loaded.model, loaded.model).analyze()
         write(report, log.folder)
-    return named(before, "before") | named(after, "after") | {"alerts": sorted(recorder.seen)}
+    found = Counter(alert.name for alert in report.alerts)
+    return {
+        **named(before, "before"),
+        **named(after, "after"),
+        "alerts": sorted(recorder.seen),
+        "adapter_alerts": dict(found.most_common()),
+    }
 
 
 def optimizer_of(e: Experiment) -> optim.Optimizer:

@@ -30,8 +30,10 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         table.add_row(when, interval(summary, f"accuracy_{when}"), sampled)
     console.print(table)
     alerts = ", ".join(summary["alerts"]) or "none"
+    modules = ", ".join(f"{name} ({n})" for name, n in summary["adapter_alerts"].items()) or "none"
     console.print(
-        f"Check before training: {summary['check']['verdict']}. Alerts during it: {alerts}."
+        f"Check before training: {summary['check']['verdict']}. Alerts during it: {alerts}. "
+        f"On the adapter: {modules}."
     )
     console.print(f"{summary['seconds']:.0f} s. Everything is in {folder}:")
     contents = {

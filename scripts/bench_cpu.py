@@ -24,10 +24,10 @@ PROMPTS, GROUP, MAX_TOKENS = 16, 8, 16
 
 def measure() -> dict[str, Any]:
     """Median seconds of one batch of rollouts and of one gradient over all of it."""
+    from mlx_lora import cpu, models  # isort: skip  before mlx, so that OpenBLAS can come first
     import mlx.core as mx
     import numpy as np
 
-    from mlx_lora import cpu, models
     from mlx_lora.adapter.attach import attach
     from mlx_lora.generate import generate
     from mlx_lora.rl.learner import gradients, pack
