@@ -98,11 +98,15 @@ def test_an_adapter_can_be_trained_on(tmp_path):
     assert any(not mx.array_equal(one[k], two[k]) for k in one)
 
 
-def test_an_adapter_that_has_garbled_the_model_is_not_trained_on(tmp_path):
-    """Five steps at scale 20 and rate 3e-3 are too much; the check says so, before the RL."""
+def test_an_adapter_that_garbles_the_model_is_not_trained_on(tmp_path):
+    """A scale saved 100 times too large, say: the check speaks before RL is paid for."""
     run(tmp_path / "one")
+    folder = tmp_path / "one" / "adapters"
+    settings, _ = files.read(folder)
+    settings["lora_parameters"]["scale"] *= 100
+    (folder / files.CONFIG).write_text(json.dumps(settings))
     with pytest.raises(experiment.CheckFailed, match="perplexity"):
-        run(tmp_path / "two", YAML + f"resume_adapter_file: {tmp_path / 'one' / 'adapters'}\n")
+        run(tmp_path / "two", YAML + f"resume_adapter_file: {folder}\n")
     status = json.loads((tmp_path / "two" / "status.json").read_text())
     assert status["state"] == "failed"
     assert not (tmp_path / "two" / "metrics.jsonl").exists()
