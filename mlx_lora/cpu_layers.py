@@ -197,7 +197,10 @@ class NumpyLoRALinear(LoRALinear):
         if x.dtype != mx.float32 or dropping or not frozen:
             return super().__call__(x)
         scale = float(np.array(self.scale))  # a Python number, or an array when scheduled
-        y = numpy_lora(x, self.lora_a, self.lora_b, view(dense(self.linear)), scale)
+        weight_OI = view(dense(self.linear))
+        if scale == 0:  # switched off: the base's own product, and no work for the branch
+            return with_bias(self.linear, numpy_matmul(x, weight_OI))
+        y = numpy_lora(x, self.lora_a, self.lora_b, weight_OI, scale)
         return with_bias(self.linear, y)
 
 

@@ -166,6 +166,13 @@ def logits(model: nn.Module, ids_BT: mx.array) -> mx.array:
     return model(ids_BT).astype(mx.float32)
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """V of the logits, which may exceed the tokenizer's. Remembered on the model."""
+    if "_vocabulary" not in model.__dict__:
+        model.__dict__["_vocabulary"] = logits(model, mx.array([[0]])).shape[-1]
+    return model.__dict__["_vocabulary"]
+
+
 def pad_right(rows: Sequence[Sequence[int]], filler: int = 0) -> tuple[mx.array, mx.array]:
     """Rows of token ids as ids [B, T] and their mask [B, T] (1.0 on real tokens)."""
     width = max(map(len, rows))

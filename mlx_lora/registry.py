@@ -64,9 +64,12 @@ def check_options(
     owner: str, function: Callable[..., Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Options converted to their annotated types; every problem in one ConfigError."""
+    known = options(function)
+    if not given and inspect.Parameter.empty not in known.values():
+        return {}
     from pydantic import TypeAdapter, ValidationError
 
-    known, hints = options(function), get_type_hints(function)
+    hints = get_type_hints(function)
     checked: dict[str, Any] = {}
     problems: list[str] = []
     for name, value in given.items():

@@ -21,7 +21,7 @@ from mlx_lora.registry import Table
 from mlx_lora.runlog import json_safe
 
 EXPECTATIONS = ("same", "healthy", "changed")
-SAMPLE_TOKENS = 32
+SAMPLE_TOKENS = 20
 ORDER = ("pass", "warn", "fail")
 
 

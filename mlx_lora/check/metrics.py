@@ -10,7 +10,7 @@ import numpy as np
 from mlx_lora.adapter.attach import lora_layers, switched_off
 from mlx_lora.check.probes import Probes
 from mlx_lora.generate import generate
-from mlx_lora.models import Loaded, logits, pad_right
+from mlx_lora.models import Loaded, logits, pad_right, vocabulary_size
 from mlx_lora.numerics import entropy, exp, log_softmax
 from mlx_lora.types import Rollout
 
@@ -79,12 +79,8 @@ def blocks(probes: Probes, vocabulary: int) -> list[Block]:
 
 def fingerprint(loaded: Loaded, probes: Probes) -> list[str]:
     """Hashes of the logits of every text: taken before attaching, compared after."""
-    vocabulary = vocabulary_of(loaded)
+    vocabulary = vocabulary_size(loaded.model)
     return [digest(logits(loaded.model, b.ids_NT)) for b in blocks(probes, vocabulary)]
-
-
-def vocabulary_of(loaded: Loaded) -> int:
-    return logits(loaded.model, mx.array([[0]])).shape[-1]
 
 
 def digest(array: mx.array) -> str:
@@ -99,7 +95,7 @@ def measure(
 
     `base_prints` is the fingerprint of the model before attaching.
     """
-    vocabulary = vocabulary_of(loaded)
+    vocabulary = vocabulary_size(loaded.model)
     identical, restored, rows = [], [], []
     for block, base_print in zip(blocks(probes, vocabulary), base_prints, strict=True):
         with switched_off(loaded.model):
@@ -181,7 +177,7 @@ def surprisal(loaded: Loaded, rollouts: Sequence[Rollout]) -> float:
     """Mean nats per token of these completions under the model as it stands."""
     probes = Probes([([*r.prompt_ids, *r.ids], len(r.prompt_ids)) for r in rollouts], [])
     scored = []
-    for block in blocks(probes, vocabulary_of(loaded)):
+    for block in blocks(probes, vocabulary_size(loaded.model)):
         logps_NTV = log_softmax(logits(loaded.model, block.ids_NT))
         picked = mx.take_along_axis(logps_NTV, block.targets_NT[..., None], axis=-1)[..., 0]
         scored.append(-np.array(picked)[block.scored_NT])

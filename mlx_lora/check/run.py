@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_lora import config, models
+from mlx_lora import models
 from mlx_lora.adapter.inits import inits
 from mlx_lora.check.gate import Report, check
 from mlx_lora.errors import ConfigError
@@ -24,13 +24,15 @@ def check_named(
 ) -> Report:
     """Check a model, or everything an experiment file names. Names are judged before loading."""
     quantize = {"bits": bits, "group_size": 64, "mode": "affine"} if bits else None
-    given = config.parse_options(list(option))
+    given = parse_options(option)
     if name.endswith((".yaml", ".yml")):
         if given or adapter or bits:
             raise ConfigError(
                 "with an experiment file everything comes from it",
                 f"Drop -o, --adapter and --bits, or edit {name}.",
             )
+        from mlx_lora import config
+
         e = config.load(config.find(name), [])
         name, init, given, seed = e.model, e.init.name, dict(e.init.options), e.seed
         quantize = e.quantize.model_dump() if e.quantize else None
@@ -53,3 +55,12 @@ def check_named(
         prompts=prompts,
         seed=seed,
     )
+
+
+def parse_options(option: Sequence[str]) -> dict[str, Any]:
+    """Options as given with -o. The config machinery is loaded only where there are any."""
+    if not option:
+        return {}
+    from mlx_lora import config
+
+    return config.parse_options(list(option))
