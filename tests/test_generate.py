@@ -1,11 +1,13 @@
 """Decoding: forked = full prefill, batched = alone, and the stored log-probabilities are true."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_lora.generate import decode, drawer_of, fork, noise, prefill, sampling_logps
+from mlx_lora.generate import decode, drawer_of, fork, noise, prefill, sampling_logps, trim
 from mlx_lora.models import split_head
 from mlx_lora.numerics import log_softmax
 from tests.tiny import tiny
@@ -96,8 +98,19 @@ def test_draws_follow_the_distribution():
 
 def test_the_highest_draw_never_lands_on_an_impossible_token():
     logits = mx.array([[0.0, -mx.inf, 0.0, -mx.inf]])
-    ids, logps = drawer_of(1.0, 1.0, 0)(logits, mx.array([1 - 2**-24]))
-    assert ids.item() == 2 and np.isfinite(logps.item())
+    for highest in (1 - 2**-24, 1.0):
+        ids, logps = drawer_of(1.0, 1.0, 0)(logits, mx.array([highest]))
+        assert ids.item() == 2 and np.isfinite(logps.item())
+
+
+def test_eos_is_kept_as_a_decision_and_what_follows_is_cut():
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    ids, logps = np.array([4, 7, 95, 8, 95]), -np.arange(5.0)
+    ended = trim(tokenizer, (1, 2), ids, logps, EOS)
+    assert ended.ids == (4, 7, 95) and ended.logps == (0.0, -1.0, -2.0)
+    assert ended.finished and ended.text == "4 7"
+    cut = trim(tokenizer, (1, 2), ids[:2], logps[:2], EOS)
+    assert cut.ids == (4, 7) and not cut.finished and cut.text == "4 7"
 
 
 def test_temperature_top_k_and_top_p_renormalise():
