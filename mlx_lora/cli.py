@@ -171,7 +171,7 @@ def evaluate(
     task: Annotated[str, typer.Option(help="Task name, see `ls tasks`.")],
     adapter: AdapterFolder = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Held-out problems.")] = 512,
-    max_tokens: Annotated[int, typer.Option(help="Completion length limit.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Completion length limit.")] = 256,
     option: Options = None,
     as_json: AsJson = False,
 ) -> None:

@@ -163,6 +163,12 @@ def bad_inputs(tmp):
             ["train", config("i.yaml", SMALL + "grad_checkpoint: true\n")],
             ["grad_checkpoint"],
         ),
+        "rank 0": (["check", "demo", "--rank", "0"], ["rank", "0"]),
+        "no scale": (["check", "demo", "--scale", "nan"], ["scale", "nan"]),
+        "no tokens": (
+            ["eval", "demo", "--task", "countdown", "--max-tokens", "0"],
+            ["max-tokens"],
+        ),
         "unknown list": (["ls", "init"], ["init", "inits"]),
     }
 

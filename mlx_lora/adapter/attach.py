@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,8 @@ def attach(
     """
     if rank < 1:
         raise AdapterError(f"rank is at least 1, got {rank}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise AdapterError(f"scale is a finite number above 0, got {scale}")
     start = inits.bind(init, init_options or {})
     if lora_layers(model):
         raise AdapterError("this model has LoRA layers already", "Load the model afresh.")
