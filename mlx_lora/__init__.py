@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lora import cpu
 
-cpu.prepare()  # before anything imports mlx.core
+cpu.choose()  # before anything imports mlx.core
 
 __version__ = "0.1.0"
 

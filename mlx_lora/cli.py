@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_lora import __version__
+from mlx_lora import __version__, cpu
 from mlx_lora.errors import UserError
 
 app = typer.Typer(
@@ -82,7 +82,7 @@ def check(
         adapter=adapter,
         init=init,
         option=option or [],
-        lora={"rank": rank, "scale": scale, "keys": keys.split(",") if keys else None},
+        lora={"rank": rank, "scale": scale, "keys": layer_keys(keys)},
         expect=expect,
         prompts=prompts,
         bits=bits,
@@ -95,6 +95,11 @@ def check(
 
         print_report(report)
     raise typer.Exit(1 if report.verdict == "fail" else 0)
+
+
+def layer_keys(text: str | None) -> list[str] | None:
+    """--keys "q_proj, v_proj" as a list; not given means every linear layer."""
+    return None if text is None else [k.strip() for k in text.split(",") if k.strip()]
 
 
 @app.command()
@@ -272,6 +277,7 @@ def refuse_platform() -> None:
 
     if error := problem():
         raise error
+    cpu.refuse()
 
 
 def report_error(error: UserError) -> None:

@@ -25,6 +25,22 @@ LIBRARIES = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblas64_.so.0")
 MEMORY_SHARE = 0.25  # the dense copies may take this much of the machine's memory
 
 _mode = "plain"
+_problem: ConfigError | None = None
+
+
+def choose() -> None:
+    """`prepare` at import time, when a bad MLX_LORA_CPU must not be a traceback yet."""
+    global _problem
+    try:
+        prepare()
+    except ConfigError as error:
+        _problem = error
+
+
+def refuse() -> None:
+    """Raise what `choose` found wrong."""
+    if _problem:
+        raise _problem
 
 
 def prepare() -> str:
@@ -78,6 +94,7 @@ def settle() -> None:
     """Process-wide MLX settings for the CPU: no run-time C++ compilation, about 1 s a kernel."""
     import mlx.core as mx
 
+    refuse()
     if active():
         mx.disable_compile()
 

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 from rich.console import Console
+from rich.markup import escape
 
 from mlx_lora import cpu, models
 from mlx_lora.adapter import attach as attaching
@@ -22,7 +23,7 @@ from mlx_lora.check.probes import read
 from mlx_lora.config import Experiment, check_names, resolved
 from mlx_lora.config import load as load_config
 from mlx_lora.conflicts import notices
-from mlx_lora.errors import ConfigError
+from mlx_lora.errors import ConfigError, RunError
 from mlx_lora.models import Loaded
 from mlx_lora.progress import Watcher, watch
 from mlx_lora.rl import checkpoints, grpo, monitor
@@ -67,7 +68,7 @@ def run(
         saved = (log.folder / "adapters" / files.CONFIG).exists()
         kept = "adapters/ holds the last step" if saved else "before the first step"
         log.status("interrupted", f"stopped by Ctrl-C, {kept}")
-        console.print(f"[yellow]Stopped[/], {kept}: {log.folder}")
+        console.print(f"[yellow]Stopped[/], {kept}: {escape(str(log.folder))}")
         raise
     except BaseException as error:
         log.status("failed", f"{type(error).__name__}: {error}")
@@ -84,9 +85,32 @@ def validated(e: Experiment, console: Console) -> Task:
     check_names(e)
     refuse_unused(e)
     assert e.task is not None, "the config requires a task for RL"
+    refuse_occupied(e)
     for notice in notices(e):
-        console.print(f"[yellow]Note:[/] {notice}.")
+        console.print(f"[yellow]Note:[/] {escape(notice)}.")
     return load_task(e.task.name, e.task.options)
+
+
+def refuse_occupied(e: Experiment) -> None:
+    """The second place for the adapter, and the adapter to start from, judged before any work."""
+    if e.adapter_path and (Path(e.adapter_path) / files.CONFIG).exists():
+        raise RunError(
+            f"adapter_path {e.adapter_path} holds an adapter already",
+            "Nothing was overwritten. Choose another folder, or move that one away.",
+        )
+    if e.adapter_path:
+        try:
+            Path(e.adapter_path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"adapter_path {e.adapter_path} cannot be made: {error}") from error
+    if e.resume_adapter_file:
+        files.read(adapter_folder(e.resume_adapter_file))
+
+
+def adapter_folder(given: str) -> Path:
+    """mlx-lm names the file, people name the folder: both are understood."""
+    path = Path(given)
+    return path.parent if path.suffix == ".safetensors" else path
 
 
 def opened(e: Experiment, run_dir: Path | None) -> RunLog:
@@ -116,7 +140,8 @@ def reopened(e: Experiment, run_dir: Path | None) -> RunLog:
 # that no run looks as if it had obeyed.
 UNUSED = (
     "grad_accumulation_steps", "grad_checkpoint", "report_to", "clear_cache_threshold",
-    "stages", "epochs", "fine_tune_type", "eval.every", "check.expect", "check.prompts",
+    "train", "test", "trust_remote_code", "stages", "epochs", "fine_tune_type",
+    "eval.every", "check.expect", "check.prompts",
     "check.enabled", "check.samples", "grpo.epochs", "lora_parameters.type",
     "lora_parameters.rank_pattern",
 )  # fmt: skip
@@ -169,8 +194,7 @@ def prepare(
 def attach(loaded: Loaded, e: Experiment) -> tuple[dict[str, Any], str]:
     """Attach what the experiment asks for. Returns the adapter's config, and what to expect."""
     if e.resume_adapter_file is not None:
-        given = Path(e.resume_adapter_file)
-        folder = given.parent if given.suffix == ".safetensors" else given
+        folder = adapter_folder(e.resume_adapter_file)
         return files.load(loaded.model, folder) | {"base": models.identity(loaded)}, "healthy"
     lora = e.lora_parameters
     config = attaching.attach(
@@ -214,7 +238,7 @@ def learn(
         recorder.remember()
     keep = partial(checkpoints.save, log.folder / "checkpoints")
     try:
-        with watch(console, f"{e.method} on {e.model}", e.iters) as watcher:
+        with watch(console, escape(f"{e.method} on {e.model}"), e.iters) as watcher:
             recorder.watcher = watcher
             for step in grpo.train(loaded, task, e, optimizer, clock, recorder, start=start):
                 if (step + 1) % e.save_every == 0:
@@ -268,7 +292,7 @@ class Recorder:
         for name, keep in (("metrics.jsonl", self.history.append), ("alerts.jsonl", self.saw)):
             path = self.log.folder / name
             for line in path.read_text().splitlines() if path.exists() else ():
-                keep(json.loads(line))
+                keep({k: v for k, v in json.loads(line).items() if v is not None})
 
     def saw(self, finding: Mapping[str, Any]) -> None:
         self.seen.add(finding["name"])
@@ -324,7 +348,7 @@ def accuracy_line(result: Mapping[str, Any]) -> str:
 
 def verdict_line(report: gate.Report) -> str:
     colour = {"pass": "green", "warn": "yellow", "fail": "red"}[report.verdict]
-    return f"Check:  [{colour}]{report.verdict}[/]  {'; '.join(report.reasons)}"
+    return f"Check:  [{colour}]{report.verdict}[/]  {escape('; '.join(report.reasons))}"
 
 
 def breakdown(clock: Clock, log: RunLog) -> None:

@@ -30,6 +30,8 @@ class Watcher:
         self.last: dict[str, float] = {}
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        if "loss" not in metrics:  # nothing learnt: what was measured earlier holds no more
+            self.last = {}
         self.last |= {k: metrics[k] for k in FORMATS if k in metrics}
         text = live_line(self.last)
         if self.progress is not None and self.bar is not None:

@@ -35,7 +35,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         f"Check before training: {summary['check']['verdict']}. Alerts during it: {alerts}. "
         f"On the adapter: {modules}."
     )
-    console.print(f"{summary['seconds']:.0f} s. Everything is in {folder}:")
+    console.print(f"{summary['seconds']:.0f} s. Everything is in {folder}:", markup=False)
     contents = {
         "adapters/": "the adapter, in mlx-lm's format",
         "base/": "the quantized base that it belongs to",
@@ -57,6 +57,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
             f"  mlx_lm generate --model {base} --adapter-path {folder / 'adapters'} "
             '--prompt "Numbers: 7 23 25. Target: 41."',
             soft_wrap=True,
+            markup=False,
         )
 
 

@@ -163,6 +163,12 @@ def bad_inputs(tmp):
             ["train", config("i.yaml", SMALL + "grad_checkpoint: true\n")],
             ["grad_checkpoint"],
         ),
+        "flags beside a config": (["check", good, "--init", "gaussian"], ["--init"]),
+        "prompt rows": (
+            ["check", "demo", "--prompts", config("p.jsonl", '{"completion": "x"}\n')],
+            ["p.jsonl:1"],
+        ),
+        "test only": (["train", config("n.yaml", SMALL + "train: false\n")], ["train"]),
         "rank 0": (["check", "demo", "--rank", "0"], ["rank", "0"]),
         "no scale": (["check", "demo", "--scale", "nan"], ["scale", "nan"]),
         "no tokens": (

@@ -200,6 +200,28 @@ def test_kl_is_zero_at_the_start_and_pulls_back_later():
     assert any(mx.abs(g).max().item() > 0 for _, g in tree_flatten(grads))
 
 
+def test_nothing_in_the_padding_reaches_the_kl(monkeypatch):
+    model = tiny(bits=4)
+    attach(model)
+    packed = learner.pack(rows(), np.array([1.0, -1.0]))
+    real = learner.reference_logps
+    monkeypatch.setattr(
+        learner,
+        "reference_logps",
+        lambda *given: mx.where(packed.mask_BT > 0, real(*given), 1e4),
+    )
+    metrics, grads = learner.gradients(
+        model, packed, losses.bind("dapo", {}), temperature=1.0, beta=0.1, measure_kl=True
+    )
+    assert metrics["kl"].item() == 0.0 and np.isfinite(metrics["loss"].item())
+    assert all(mx.isfinite(g).all().item() for _, g in tree_flatten(grads))
+
+
+def test_a_collapse_after_one_good_step_is_named():
+    dead = history(reward=[0.4] + [0.0] * 5)
+    assert monitor.watchers["reward_collapsed"](dead) is not None
+
+
 def test_each_problem_is_drawn_once_per_epoch_and_epochs_differ():
     samples = list(range(10))
     epochs = [[grpo.draw(samples, s, 5, 0) for s in (e, e + 1)] for e in (0, 2)]
@@ -237,6 +259,7 @@ FIRE = {
     "reward_collapsed": (
         history(reward=[0.6] * 5 + [0.29] * 5), history(reward=[0.6] * 5 + [0.31] * 5)
     ),
+    "endless_answers": (history(truncated=[0.91] * 3), history(truncated=[0.9] * 3)),
     "empty_answers": (history(empty=[0.51] * 3), history(empty=[0.5] * 3)),
     "no_signal": (
         history(groups_without_signal=[1.0] * 5, reward=[0.0] * 5),

@@ -43,8 +43,8 @@ def attach(
     """
     if rank < 1:
         raise AdapterError(f"rank is at least 1, got {rank}")
-    if not (math.isfinite(scale) and scale > 0):
-        raise AdapterError(f"scale is a finite number above 0, got {scale}")
+    if not (math.isfinite(scale) and scale >= 0):
+        raise AdapterError(f"scale is a finite number, 0 or more, got {scale}")
     start = inits.bind(init, init_options or {})
     if lora_layers(model):
         raise AdapterError("this model has LoRA layers already", "Load the model afresh.")

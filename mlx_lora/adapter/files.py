@@ -58,6 +58,13 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     absent = [k for k in ("rank", "scale") if k not in parameters]
     if absent:
         raise AdapterError(f"{folder / CONFIG}: lora_parameters has no {' and no '.join(absent)}")
+    wrong = [
+        f"{name} is {parameters.get(name)!r}"
+        for name, kind in (("rank", int), ("scale", int | float), ("keys", list | None))
+        if not isinstance(parameters.get(name), kind)
+    ]
+    if wrong or not isinstance(config.get("num_layers", -1), int):
+        raise AdapterError(f"{folder / CONFIG} is not sound: {', '.join(wrong) or 'num_layers'}")
     return config, tensors
 
 

@@ -34,7 +34,7 @@ def read(loaded: Loaded, path: Path | None = None) -> Probes:
         if "text" in row:
             ids = list(loaded.tokenizer.encode(row["text"]))
             texts.append((ids[:MAX_PROBE_TOKENS], 1))
-        elif "completion" in row:
+        elif "completion" in row and "prompt" in row:
             head = list(encode_prompt(loaded.tokenizer, row["prompt"]))
             tail = list(loaded.tokenizer.encode(row["completion"], add_special_tokens=False))
             tail = [*tail, min(eos_ids(loaded.tokenizer))]

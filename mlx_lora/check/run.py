@@ -26,10 +26,10 @@ def check_named(
     quantize = {"bits": bits, "group_size": 64, "mode": "affine"} if bits else None
     given = parse_options(option)
     if name.endswith((".yaml", ".yml")):
-        if given or adapter or bits:
+        if given or adapter or bits or init != "zero" or lora.get("keys") is not None:
             raise ConfigError(
                 "with an experiment file everything comes from it",
-                f"Drop -o, --adapter and --bits, or edit {name}.",
+                f"Drop -o, --init, --keys, --adapter and --bits, or edit {name}.",
             )
         from mlx_lora import config
 
@@ -43,6 +43,14 @@ def check_named(
             "keys": asked.keys,
             "num_layers": e.num_layers,
         }
+        if e.resume_adapter_file:
+            given_path = Path(e.resume_adapter_file)
+            adapter = given_path.parent if given_path.suffix == ".safetensors" else given_path
+    elif adapter and (given or init != "zero" or lora.get("keys") is not None):
+        raise ConfigError(
+            "an adapter from disk brings its own start, keys and rank",
+            "Drop --init, -o and --keys, or drop --adapter to check a fresh one.",
+        )
     inits.bind(init, given)
     loaded = models.load(name, quantize=quantize)
     return check(

@@ -103,7 +103,7 @@ def update(
         loss,
         temperature=e.rollout.temperature or 1.0,
         beta=e.grpo.beta,
-        measure_kl=step % e.monitor.every == 0 or step == e.iters - 1,
+        measure_kl=(step + 1) % e.monitor.every == 0 or step in (0, e.iters - 1),
     )
     norm, taken = apply(model, optimizer, grads, e.grpo.max_grad_norm)
     return {k: cast(float, v.item()) for k, v in measured.items()} | {

@@ -127,9 +127,10 @@ def gradients(
         value, metrics = loss(batch)
         metrics["entropy"] = masked_mean(entropy_BT, packed.mask_BT)
         if ref_BT is not None:
-            kl = masked_mean(k3(logps_BT, ref_BT), packed.mask_BT)
+            # masked before the exponential: padding may hold anything, and inf · 0 is NaN
+            kl = masked_mean(k3(logps_BT * packed.mask_BT, ref_BT * packed.mask_BT), packed.mask_BT)
             metrics["kl"] = mx.stop_gradient(kl)
-            value = value + beta * kl
+            value = value + beta * kl if beta else value
         return value, metrics | {"loss": value}
 
     (_, metrics), grads = nn.value_and_grad(model, objective)(model)

@@ -20,7 +20,8 @@ def recent(history: History, key: str, window: int) -> float | None:
 def best(history: History, key: str, window: int) -> float:
     """The highest running mean so far."""
     values = [h[key] for h in history if key in h]
-    means = np.convolve(values, np.ones(window) / window, "valid") if len(values) >= window else [0]
+    width = min(window, max(1, len(values) - window))  # what came before the latest window
+    means = np.convolve(values, np.ones(width) / width, "valid") if values else [0]
     return float(np.max(means))
 
 
@@ -46,6 +47,17 @@ def empty_answers(history: History, *, window: int = 3, share: float = 0.5) -> F
 
 
 @watchers.add
+def endless_answers(history: History, *, window: int = 3, share: float = 0.9) -> Finding | None:
+    """Nearly every completion runs into max_tokens without ending."""
+    now = recent(history, "truncated", window)
+    if now is None or now <= share:
+        return None
+    message = f"{now:.0%} of the completions of the last {window} steps never ended"
+    action = "Raise rollout.max_tokens if the text is sound, else lower the learning rate."
+    return Finding("endless_answers", "", message, action)
+
+
+@watchers.add
 def no_signal(history: History, *, window: int = 5, share: float = 0.95) -> Finding | None:
     """Nearly every group earned one and the same reward, so there is nothing to learn from."""
     now = recent(history, "groups_without_signal", window)
@@ -55,6 +67,8 @@ def no_signal(history: History, *, window: int = 5, share: float = 0.95) -> Find
     message = f"{now:.0%} of the groups had no spread in their rewards (mean {reward:.2f})"
     easier = "The task is solved: stop, or make it harder."
     harder = "Start from a model that sometimes succeeds (SFT first), or make the task easier."
+    if reward < 0.5 * best(history, "reward", window):
+        harder = "It did succeed before: lower the learning rate and start again."
     return Finding("no_signal", "", message, easier if reward > 0.5 else harder)
 
 
