@@ -104,13 +104,7 @@ def refuse_occupied(e: Experiment) -> None:
         except OSError as error:
             raise RunError(f"adapter_path {e.adapter_path} cannot be made: {error}") from error
     if e.resume_adapter_file:
-        files.read(adapter_folder(e.resume_adapter_file))
-
-
-def adapter_folder(given: str) -> Path:
-    """mlx-lm names the file, people name the folder: both are understood."""
-    path = Path(given)
-    return path.parent if path.suffix == ".safetensors" else path
+        files.read(files.folder_of(e.resume_adapter_file))
 
 
 def opened(e: Experiment, run_dir: Path | None) -> RunLog:
@@ -194,7 +188,7 @@ def prepare(
 def attach(loaded: Loaded, e: Experiment) -> tuple[dict[str, Any], str]:
     """Attach what the experiment asks for. Returns the adapter's config, and what to expect."""
     if e.resume_adapter_file is not None:
-        folder = adapter_folder(e.resume_adapter_file)
+        folder = files.folder_of(e.resume_adapter_file)
         return files.load(loaded.model, folder) | {"base": models.identity(loaded)}, "healthy"
     lora = e.lora_parameters
     config = attaching.attach(

@@ -37,6 +37,12 @@ def save(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
     os.replace(about, folder / CONFIG)
 
 
+def folder_of(given: str) -> Path:
+    """mlx-lm names the file, people name the folder: both are understood."""
+    path = Path(given)
+    return path.parent if path.suffix == ".safetensors" else path
+
+
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """Config and tensors of an adapter folder, without a model. AdapterError when it is none."""
     missing = [f for f in (CONFIG, WEIGHTS) if not (folder / f).is_file()]

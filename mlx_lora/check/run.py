@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora import models
+from mlx_lora.adapter.files import folder_of
 from mlx_lora.adapter.inits import inits
 from mlx_lora.check.gate import Report, check
 from mlx_lora.errors import ConfigError
@@ -44,8 +45,7 @@ def check_named(
             "num_layers": e.num_layers,
         }
         if e.resume_adapter_file:
-            given_path = Path(e.resume_adapter_file)
-            adapter = given_path.parent if given_path.suffix == ".safetensors" else given_path
+            adapter = folder_of(e.resume_adapter_file)
     elif adapter and (given or init != "zero" or lora.get("keys") is not None):
         raise ConfigError(
             "an adapter from disk brings its own start, keys and rank",
