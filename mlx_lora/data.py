@@ -1,0 +1,86 @@
+"""Rows of text as token ids: what the check reads, calibration runs on, and SFT trains on.
+
+A row is {"text": ...}, read whole, or {"prompt": ..., "completion": ...}, read from the completion
+on, in the model's chat template where it has one. Other keys are left alone.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.errors import ConfigError
+from mlx_lora.models import Loaded, encode_prompt, eos_ids
+
+Row = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids, and the index of the first that counts: the ones before it are given."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+def rows_of(path: Path) -> list[tuple[int, Row]]:
+    """Line numbers and rows of a JSONL or plain text file. ConfigError names the bad line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    found: list[tuple[int, Row]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if path.suffix == ".txt":
+            found.append((number, {"text": line}))
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}:{number}: not JSON: {error.msg}") from error
+        if not isinstance(row, dict) or not all(isinstance(row[k], str) for k in KEYS & row.keys()):
+            raise ConfigError(f"{path}:{number}: a row is an object with strings under {NAMES}")
+        found.append((number, row))
+    return found
+
+
+KEYS = {"text", "prompt", "completion"}
+NAMES = "text, prompt and completion"
+
+
+def encode(row: Row, tokenizer: Any) -> Text | None:
+    """The row as token ids, a completion closed by EOS. None where it holds nothing to read."""
+    if "text" in row:
+        ids, start = tuple(tokenizer.encode(row["text"])), 1
+    elif "prompt" in row and "completion" in row:
+        head = encode_prompt(tokenizer, row["prompt"])
+        tail = tokenizer.encode(row["completion"], add_special_tokens=False)
+        ids, start = (*head, *tail, min(eos_ids(tokenizer))), len(head)
+    else:
+        return None
+    return Text(ids, start) if len(ids) > start else None
+
+
+def context_of(loaded: Loaded) -> int | None:
+    """Tokens the model was made for, where its config says so."""
+    config: Mapping[str, Any] = loaded.config.get("text_config") or loaded.config
+    return config.get("max_position_embeddings")
+
+
+def read(loaded: Loaded, rows: Sequence[tuple[int, Row]], source: str) -> list[Text]:
+    """All rows as token ids. ConfigError lists empty and over-long ones: nothing is cut."""
+    texts, problems, limit = [], [], context_of(loaded)
+    for number, row in rows:
+        text = encode(row, loaded.tokenizer)
+        if text is None:
+            problems.append(f'{source}:{number}: needs "text", or "prompt" and "completion"')
+        elif limit and len(text.ids) > limit:
+            problems.append(f"{source}:{number}: {len(text.ids)} tokens, the context holds {limit}")
+        else:
+            texts.append(text)
+    if problems or not texts:
+        raise ConfigError("\n".join(problems) or f"{source} is empty: there is no text in it")
+    return texts
