@@ -71,6 +71,9 @@ def check(
     expect: Annotated[str | None, typer.Option(help="same, healthy or changed.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL or text file of probes.")] = None,
     bits: Annotated[int | None, typer.Option(help="Quantize an unquantized model.")] = None,
+    certify: Annotated[bool, typer.Option("--certify", help="Write harmless.json.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check harmless.json again.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where --certify saves a fresh one.")] = None,
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -87,6 +90,9 @@ def check(
         prompts=prompts,
         bits=bits,
         seed=seed,
+        certify=certify,
+        verify=verify,
+        out=out,
     )
     if as_json:
         print_json(report.to_json())
@@ -94,7 +100,7 @@ def check(
         from mlx_lora.check.show import print_report
 
         print_report(report)
-    raise typer.Exit(1 if report.verdict == "fail" else 0)
+    raise typer.Exit(report.exit_code)
 
 
 def layer_keys(text: str | None) -> list[str] | None:

@@ -5,15 +5,18 @@ on, in the model's chat template where it has one. Other keys are left alone.
 """
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_lora.errors import ConfigError
 from mlx_lora.models import Loaded, encode_prompt, eos_ids
 
 Row = Mapping[str, str]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -84,3 +87,19 @@ def read(loaded: Loaded, rows: Sequence[tuple[int, Row]], source: str) -> list[T
     if problems or not texts:
         raise ConfigError("\n".join(problems) or f"{source} is empty: there is no text in it")
     return texts
+
+
+def draw(items: Sequence[Item], step: int, count: int, seed: int) -> list[Item]:
+    """The items of one step: a function of (seed, step), every item once per epoch."""
+    found = []
+    for index in range(step * count, (step + 1) * count):
+        epoch, at = divmod(index, len(items))
+        found.append(items[order(len(items), seed, epoch)[at]])
+    return found
+
+
+@lru_cache(maxsize=2)
+def order(count: int, seed: int, epoch: int) -> list[int]:
+    shuffled = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(shuffled)
+    return shuffled

@@ -17,6 +17,7 @@ from rich.markup import escape
 from mlx_lora import cpu, models
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
+from mlx_lora.adapter.inits import label
 from mlx_lora.check import gate
 from mlx_lora.check.metrics import fingerprint
 from mlx_lora.check.probes import read
@@ -175,7 +176,7 @@ def prepare(
         probes = read(loaded)
         prints = fingerprint(loaded, probes)
         config, expect = attach(loaded, e)
-        init = e.init.name if expect == "same" else None
+        init = label(e.init.name, e.init.options) if expect == "same" else None
         report = gate.judge(loaded, probes, prints, expect, init, began, e.seed)
     log.write_json("check.json", report.to_json())
     console.print(verdict_line(report))
@@ -192,7 +193,7 @@ def attach(loaded: Loaded, e: Experiment) -> tuple[dict[str, Any], str]:
         return files.load(loaded.model, folder) | {"base": models.identity(loaded)}, "healthy"
     lora = e.lora_parameters
     config = attaching.attach(
-        loaded.model,
+        loaded,
         rank=lora.rank,
         scale=lora.effective_scale,
         keys=lora.keys,
@@ -200,6 +201,8 @@ def attach(loaded: Loaded, e: Experiment) -> tuple[dict[str, Any], str]:
         init=e.init.name,
         init_options=e.init.options,
         seed=e.seed,
+        dora=e.fine_tune_type == "dora",
+        rows=attaching.calibration_rows(e),
     )
     return config | {"base": models.identity(loaded)}, "same"
 

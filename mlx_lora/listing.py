@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mlx_lora.adapter.inits import HARMLESS, inits
+from mlx_lora.adapter.inits import HARMLESS, REBASING, inits
 from mlx_lora.adapter.schedules import schedules
 from mlx_lora.check.gate import gates
 from mlx_lora.errors import UnknownNameError, near
@@ -28,8 +28,7 @@ def entries(kind: str) -> list[Entry]:
     if kind == "tasks":
         return [{"name": n, "about": about} for n, about in describe().items()]
     if kind == "inits":
-        notes = {n: "harmless" if n in HARMLESS else "changes the model" for n in inits}
-        return [e | {"note": notes[e["name"]]} for e in of_table(inits)]
+        return [e | {"note": harm(e["name"])} for e in of_table(inits)]
     tables: dict[str, list[Table]] = {
         "schedules": [schedules],
         "losses": [losses],
@@ -39,6 +38,15 @@ def entries(kind: str) -> list[Entry]:
         "gates": [gates],
     }
     return [e for table in tables[kind] for e in of_table(table)]
+
+
+def harm(init: str) -> str:
+    """What an init claims about the model before training."""
+    if init in REBASING:
+        return "changes the base"
+    forfeit = HARMLESS.get(init)
+    unless = f" unless {forfeit}" if forfeit else ""
+    return f"harmless{unless}" if init in HARMLESS else "changes the model"
 
 
 def of_table(table: Table) -> list[Entry]:

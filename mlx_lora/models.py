@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_lora import cpu
 from mlx_lora.errors import ModelError
@@ -94,6 +95,27 @@ def load(
     return Loaded(model, tokenizer, config, name, folder, quantized_here)
 
 
+def lazy_layers(name: str) -> dict[str, Any]:
+    """Linear layers by name of a model whose weights stay on disk until they are used."""
+    from mlx_lm.utils import load_model
+
+    folder = resolve(name)
+    try:
+        model, _ = load_model(folder, lazy=True)
+    except Exception as error:
+        raise ModelError(f"the model in {folder} does not load: {error}") from error
+    return {n: m for n, m in model.named_modules() if "weight" in m}
+
+
+def dense_weight(layer: Any) -> mx.array:
+    """The weight [O, I] of a linear layer in float32, unpacked where it is quantized."""
+    if "scales" not in layer:
+        return layer.weight.astype(mx.float32)
+    settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    dense = mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **settings)
+    return dense.astype(mx.float32)
+
+
 def quantized(
     model: nn.Module,
     config: dict[str, Any],
@@ -121,12 +143,17 @@ def quantized(
 
 
 def save_base(loaded: Loaded, out: Path) -> None:
-    """Write the quantized base as a folder that stock mlx-lm loads with bitwise equal logits."""
-    from mlx_lm.utils import save_config, save_model
+    """Write the base as a folder that stock mlx-lm loads with bitwise equal logits.
+
+    An adapter that is attached stays out of it.
+    """
+    from mlx_lm.utils import save_config
 
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    save_model(part, loaded.model)
+    part.mkdir(parents=True)
+    weights = base_weights(loaded.model)
+    mx.save_safetensors(str(part / "model.safetensors"), weights, metadata={"format": "mlx"})
     save_config(dict(loaded.config), part / "config.json")
     for file in sorted(loaded.folder.iterdir()):
         keep = file.name.startswith(
@@ -135,6 +162,21 @@ def save_base(loaded: Loaded, out: Path) -> None:
         if keep or file.name == "generation_config.json":
             shutil.copy(file, part / file.name)
     part.rename(out)
+
+
+def base_weights(model: nn.Module) -> dict[str, mx.array]:
+    """Every weight of the base by the name it has without an adapter around it."""
+    wrapped = {name for name, m in model.named_modules() if "lora_a" in m}
+    found = {}
+    for name, value in tree_flatten(model.parameters()):
+        module, _, last = name.rpartition(".")
+        if module in wrapped:
+            continue  # the adapter's own
+        outer, _, inner = module.rpartition(".")
+        if outer in wrapped and inner in ("linear", "embedding"):
+            module = outer
+        found[f"{module}.{last}" if module else last] = value
+    return found
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def check_options(
         return {}
     from pydantic import TypeAdapter, ValidationError
 
-    hints = get_type_hints(function)
+    hints = get_type_hints(function, include_extras=True)
     checked: dict[str, Any] = {}
     problems: list[str] = []
     for name, value in given.items():

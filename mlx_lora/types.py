@@ -97,3 +97,12 @@ class Site:
     rank: int
     scale: float
     linear: Any  # the frozen layer underneath
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an init made: factors by site, layers to put underneath, and what it measured."""
+
+    factors: Mapping[str, Factors]
+    bases: Mapping[str, Any] = field(default_factory=dict)  # frozen layers that replace the base's
+    measured: Mapping[str, float] = field(default_factory=dict)  # kept in adapter_config.json

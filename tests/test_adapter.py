@@ -13,10 +13,10 @@ from mlx_lora.adapter.attach import (
     attach,
     expand_keys,
     lora_layers,
-    module_key,
     switched_off,
 )
-from mlx_lora.adapter.inits import HARMLESS, inits
+from mlx_lora.adapter.inits import inits
+from mlx_lora.adapter.scene import module_key
 from mlx_lora.errors import AdapterError, ConfigError, UnknownNameError
 from tests.tiny import ARCHITECTURES, IDS, tiny
 
@@ -25,17 +25,6 @@ X = mx.array(IDS)
 
 def logits(model) -> np.ndarray:
     return np.array(model(X).astype(mx.float32))
-
-
-@pytest.mark.parametrize("init", sorted(HARMLESS))
-@pytest.mark.parametrize("bits", [None, 2, 3, 4, 5, 6, 8])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-def test_harmless_inits_leave_logits_bitwise_equal(init, bits, dtype):
-    model = tiny(bits=bits, dtype=dtype)
-    before = logits(model)
-    attach(model, init=init, rank=4, scale=10.0)
-    assert lora_layers(model), "nothing was attached: the test would prove nothing"
-    assert np.array_equal(before, logits(model))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

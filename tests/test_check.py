@@ -99,6 +99,9 @@ GOOD = Measured(
     b_norm=0.0,
     non_finite=[],
     dropout=0.0,
+    probes_hash="p",
+    logits_base_hash="l",
+    logits_adapted_hash="l",
 )
 CHANGED = replace(GOOD, bitwise_identical=False, b_norm=1.0)
 SPEAK = [  # gate, measured, expectation, verdict

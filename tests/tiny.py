@@ -1,9 +1,12 @@
 """Tiny random models of several architectures, for mechanics; the embedded model is for meaning."""
 
 import importlib
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from mlx_lora import models
 
 WIDTH = 128
 COMMON = {
@@ -39,3 +42,23 @@ def tiny(architecture: str = "llama", *, bits: int | None = None, dtype=mx.float
 
 
 IDS = [[5, 17, 3, 44, 60, 2, 9, 31], [8, 1, 90, 12, 77, 4, 4, 50]]
+
+
+class ByteTokenizer:
+    """Bytes as tokens, folded into a tiny vocabulary: enough for calibration texts."""
+
+    eos_token_ids = (1,)
+    chat_template = None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [2 + byte % 90 for byte in text.encode()]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+def tiny_loaded(architecture: str = "llama", **options) -> models.Loaded:
+    """A tiny model as `models.load` would return it."""
+    config = {"model_type": architecture, "max_position_embeddings": 256}
+    model = tiny(architecture, **options)
+    return models.Loaded(model, ByteTokenizer(), config, "tiny", Path("tiny"), False)

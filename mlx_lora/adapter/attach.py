@@ -1,29 +1,41 @@
 """Attach LoRA through mlx-lm's `linear_to_lora_layers`, with our own start, asserted."""
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_lora import cpu
-from mlx_lora.adapter.inits import HARMLESS, inits
+from mlx_lora import cpu, models
+from mlx_lora.adapter.inits import inits, is_harmless
+from mlx_lora.adapter.scene import Scene, numbered_rows, task_rows
+from mlx_lora.adapter.tensors import CONFIG, read
+from mlx_lora.config import Stage
+from mlx_lora.data import Row
 from mlx_lora.errors import AdapterError, near
+from mlx_lora.models import Loaded
+from mlx_lora.registry import options as options_of
+from mlx_lora.tasks import load_task
 from mlx_lora.types import Factors, Site
 
-LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
+LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding, DoRALinear)
 LINEARS = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+PLACED = (LoRALinear, DoRALinear)  # experts and embeddings keep mlx-lm's own A, and B = 0
+ZERO_B = ("zero", "orthonormal", "activations", "gradient")
+FACTORS = ("lora_a", "lora_b", "m")
+ROUTER = 32  # layers narrower than this take the rank they can, unless they were named
 
 
 def attach(
-    model: nn.Module,
+    model: nn.Module | Loaded,
     *,
     rank: int = 8,
     scale: float = 2.0,
@@ -33,19 +45,26 @@ def attach(
     init_options: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
     seed: int = 0,
+    dora: bool = False,
+    rows: Sequence[Row] | None = None,
 ) -> dict[str, Any]:
     """Give the model LoRA layers and return the adapter's config (mlx-lm's adapter_config.json).
 
     `scale` multiplies the update (alpha / rank in PEFT's terms). `keys` are module names inside a
     block, full (`self_attn.q_proj`) or short (`q_proj`); None means every linear layer of every
-    block. `num_layers` counts blocks from the end, <= 0 or more than there are means all. Raises
-    AdapterError for keys that match nothing and for a model that has an adapter already.
+    block. `num_layers` counts blocks from the end, <= 0 or more than there are means all. `dora`
+    learns magnitudes too. `rows` are calibration data for inits that look at some; those need what
+    models.load() returned, not its bare model. Raises AdapterError for keys that match nothing, a
+    rank above a layer's size, and a model that has an adapter already.
     """
+    loaded = model if isinstance(model, Loaded) else None
+    model = model.model if isinstance(model, Loaded) else model
     if rank < 1:
         raise AdapterError(f"rank is at least 1, got {rank}")
     if not (math.isfinite(scale) and scale >= 0):
         raise AdapterError(f"scale is a finite number, 0 or more, got {scale}")
-    start = inits.bind(init, init_options or {})
+    init_options = dict(init_options or {})
+    foresee(init, init_options, rows)
     if lora_layers(model):
         raise AdapterError("this model has LoRA layers already", "Load the model afresh.")
     found = expand_keys(model, keys)
@@ -53,28 +72,89 @@ def attach(
     num_layers = depth if not 0 < num_layers <= depth else num_layers
     parameters = {"rank": rank, "scale": scale, "dropout": dropout, "keys": found}
     model.freeze()
-    linear_to_lora_layers(model, num_layers, parameters)
-    for name, layer in lora_layers(model).items():
-        factors = start(site_of(name, layer, rank), module_key(seed, name))
-        place(layer, factors, name)
-        if init in HARMLESS and not isinstance(layer, LoRALinear):
-            layer.lora_b = mx.zeros_like(layer.lora_b)
-    if init == "zero":
-        assert_zero_b(model)
+    to_lora_layers(model, num_layers, parameters, dora=dora)
+    layers = lora_layers(model)
+    sites = [site_of(n, m, rank) for n, m in layers.items() if isinstance(m, PLACED)]
+    refuse_rank(rank, sites, named=keys is not None)
+    for layer in layers.values():
+        layer.lora_b = mx.zeros_like(layer.lora_b)  # whatever mlx-lm does by default
     cpu.follow(model)
-    mx.eval(model.parameters())
+    scene = Scene(model, sites, seed, loaded, rows)
+    measured = start(scene, init, init_options)
     return {
-        "fine_tune_type": "lora",
+        "fine_tune_type": "dora" if dora else "lora",
         "num_layers": num_layers,
         "lora_parameters": parameters,
-        "init": {"name": init, **(init_options or {})},
+        "init": {"name": init, **init_options, **({"measured": measured} if measured else {})},
         "seed": seed,
     }
 
 
+def foresee(init: str, options: Mapping[str, Any], rows: Sequence[Row] | None) -> None:
+    """Raise what can be known to be wrong before a model is loaded: names, options, data."""
+    inits.bind(init, options)
+    known = options_of(inits[init])
+    if "data" in known:
+        numbered_rows(options.get("data"), rows, init)
+    if "reference" in known:
+        reference = Path(options["reference"]).expanduser()
+        if (reference / CONFIG).is_file():
+            read(reference)
+        else:
+            models.resolve(str(reference))
+
+
+def calibration_rows(e: Stage) -> list[Row] | None:
+    """An experiment's own calibration data, its task's training problems, for inits that look."""
+    if e.task is None or "data" not in options_of(inits[e.init.name]):
+        return None
+    return task_rows(load_task(e.task.name, e.task.options))
+
+
+def start(scene: Scene, init: str, options: Mapping[str, Any]) -> dict[str, float]:
+    """Run an init and put what it made into the layers. Returns what it measured."""
+    made = inits.bind(init, options)(scene)
+    for site in scene.sites:
+        place(scene.layer(site), made.factors[site.name], site.name)
+    for name, linear in made.bases.items():
+        rebase(scene.layers[name], linear)
+    if init in ZERO_B:
+        assert_zero_b(scene.model)
+    mx.eval(scene.model.parameters())
+    if not is_harmless(init, options):
+        remember_start(scene.model)
+    return {k: float(v) for k, v in made.measured.items()}
+
+
+def to_lora_layers(
+    model: nn.Module, num_layers: int, parameters: Mapping[str, Any], *, dora: bool = False
+) -> None:
+    """mlx-lm's linear_to_lora_layers, its refusals as AdapterError."""
+    try:
+        linear_to_lora_layers(model, num_layers, dict(parameters), use_dora=dora)
+    except ValueError as error:
+        raise AdapterError(f"the layers cannot be adapted: {error}") from error
+
+
+def refuse_rank(rank: int, sites: Sequence[Site], *, named: bool) -> None:
+    """AdapterError where the rank exceeds a layer's size; a router nobody named may be narrow."""
+    narrow = [
+        f"  {s.name} is {s.out_dims} × {s.in_dims}"
+        for s in sites
+        if min(s.in_dims, s.out_dims) < rank and (named or min(s.in_dims, s.out_dims) >= ROUTER)
+    ]
+    if narrow:
+        shown = "\n".join([*narrow[:5], *(["  ..."] if len(narrow) > 5 else [])])
+        raise AdapterError(
+            f"rank {rank} is above the size of {len(narrow)} layers\n{shown}",
+            "A layer's update has at most the rank of its smaller side. Lower the rank.",
+        )
+
+
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """Every LoRA layer by its full name, in the model's order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LORA_LAYERS)}
+    found = reversed(model.named_modules())  # MLX walks from the end
+    return {name: m for name, m in found if isinstance(m, LORA_LAYERS)}
 
 
 def blocks(model: nn.Module) -> Sequence[Any]:
@@ -119,22 +199,32 @@ def expand_keys(model: nn.Module, keys: Sequence[str] | None) -> list[str]:
 
 
 def site_of(name: str, layer: Any, rank: int) -> Site:
-    base = layer.embedding if isinstance(layer, LoRAEmbedding) else layer.linear
-    *_, in_dims, out_dims = (layer.lora_a.shape[0], layer.lora_b.shape[-1])
-    return Site(name, in_dims, out_dims, rank, layer.scale, base)
+    """The site of a linear layer; a router narrower than the rank gets the rank it can use."""
+    in_dims, out_dims = layer.lora_a.shape[0], layer.lora_b.shape[-1]
+    return Site(name, in_dims, out_dims, min(rank, in_dims, out_dims), layer.scale, layer.linear)
 
 
 def place(layer: Any, factors: Factors, name: str) -> None:
-    """Put factors into a LoRALinear. Experts and embeddings keep mlx-lm's own A."""
-    if not isinstance(layer, LoRALinear):
-        return
+    """Put factors into a layer. AdapterError where their shapes are not the layer's."""
     a, b = factors.lora_a_IR, factors.lora_b_RO
-    if a.shape != layer.lora_a.shape or b.shape != layer.lora_b.shape:
-        raise AdapterError(
-            f"{name}: the init made {a.shape} and {b.shape}, the layer holds {layer.lora_a.shape} "
-            f"and {layer.lora_b.shape}"
-        )
+    wanted = (layer.lora_a.shape[0], layer.lora_b.shape[-1])
+    if (a.shape[0], b.shape[-1]) != wanted or a.shape[1] != b.shape[0]:
+        raise AdapterError(f"{name}: the init made {a.shape} and {b.shape}, the layer is {wanted}")
     layer.lora_a, layer.lora_b = a, b
+
+
+def rebase(layer: Any, linear: nn.Module) -> None:
+    """Put another frozen layer under the adapter, and keep the base's own to switch back to."""
+    base = layer.linear
+    if isinstance(base, type(linear)):
+        linear.__class__ = type(base)  # the CPU's fast twin, where the base has it
+    layer.__dict__["_base"], layer.linear = base, linear
+
+
+def forget_base(model: nn.Module) -> None:
+    """Let go of the base that an init replaced: from here on `switched_off` is the new one."""
+    for layer in lora_layers(model).values():
+        layer.__dict__.pop("_base", None)
 
 
 def assert_zero_b(model: nn.Module) -> None:
@@ -143,21 +233,59 @@ def assert_zero_b(model: nn.Module) -> None:
     assert not moved, f"lora_b is not zero after a zero init: {moved}"
 
 
-def module_key(seed: int, name: str) -> mx.array:
-    """A random key per (seed, module), the same on every machine and in any order of modules."""
-    digest = hashlib.blake2s(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return mx.random.key(int.from_bytes(digest, "big"))
-
-
 @contextlib.contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base: every scale is 0, bitwise the base if factors are finite."""
     layers = list(lora_layers(model).values())
     scales = [layer.scale for layer in layers]
+    rebased = [(m, m.linear) for m in layers if "_base" in m.__dict__]
     try:
         for layer in layers:
             layer.scale = 0.0
+        for layer, _ in rebased:
+            layer.linear = layer.__dict__["_base"]
         yield
     finally:
         for layer, scale in zip(layers, scales, strict=True):
             layer.scale = scale
+        for layer, linear in rebased:
+            layer.linear = linear
+
+
+def remember_start(model: nn.Module) -> None:
+    """Make the adapter as it is now what `reference` goes back to, where it does anything."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.__dict__["_start"] = {f: layer[f] for f in FACTORS if f in layer}
+
+
+def remembers_start(model: nn.Module) -> bool:
+    """True where the reference policy is an adapter, not the base."""
+    return any("_start" in layer.__dict__ for layer in lora_layers(model).values())
+
+
+def start_of(model: nn.Module) -> dict[str, mx.array]:
+    """The remembered start as `<module>.<factor>`; empty where the reference is the base."""
+    return {
+        f"{name}.{factor}": value
+        for name, layer in lora_layers(model).items()
+        for factor, value in layer.__dict__.get("_start", {}).items()
+    }
+
+
+@contextlib.contextmanager
+def reference(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is its reference policy: the remembered start, else its base."""
+    if not remembers_start(model):
+        with switched_off(model):
+            yield
+        return
+    layers = list(lora_layers(model).values())
+    now = [{f: layer[f] for f in layer.__dict__["_start"]} for layer in layers]
+    try:
+        for layer in layers:
+            layer.update(layer.__dict__["_start"])
+        yield
+    finally:
+        for layer, factors in zip(layers, now, strict=True):
+            layer.update(factors)

@@ -11,10 +11,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_lora import cpu
-from mlx_lora.adapter.attach import expand_keys, lora_layers
+from mlx_lora.adapter.attach import expand_keys, lora_layers, to_lora_layers
+from mlx_lora.adapter.tensors import CONFIG, WEIGHTS, folder_of, padded, read, unpadded
 from mlx_lora.errors import AdapterError, near
 
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+__all__ = ["CONFIG", "WEIGHTS", "folder_of", "load", "put", "read", "save"]
+FACTORS = ("lora_a", "lora_b", "m")  # m: the magnitudes of DoRA
 
 
 def save(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
@@ -25,70 +27,42 @@ def save(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
     tensors = {
         f"{name}.{factor}": layer[factor]
         for name, layer in layers.items()
-        for factor in ("lora_a", "lora_b")
+        for factor in FACTORS
+        if factor in layer
     }
-    parameters = {**config["lora_parameters"], "scale": scales.pop()}
+    rank = max(config["lora_parameters"]["rank"], *map(rank_of, layers.values()))
+    tensors, pattern = padded(tensors, rank)
+    parameters = {**config["lora_parameters"], "rank": rank, "scale": scales.pop()}
+    about = {k: v for k, v in config.items() if k != "rank_pattern"}
+    about |= {"lora_parameters": parameters} | ({"rank_pattern": pattern} if pattern else {})
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / ".adapters.part.safetensors"
     mx.save_safetensors(str(part), tensors, metadata={"format": "mlx"})
-    about = folder / ".adapter_config.part.json"
-    about.write_text(json.dumps({**config, "lora_parameters": parameters}, indent=2) + "\n")
+    text = folder / ".adapter_config.part.json"
+    text.write_text(json.dumps(about, indent=2) + "\n")
     os.replace(part, folder / WEIGHTS)
-    os.replace(about, folder / CONFIG)
+    os.replace(text, folder / CONFIG)
 
 
-def folder_of(given: str) -> Path:
-    """mlx-lm names the file, people name the folder: both are understood."""
-    path = Path(given)
-    return path.parent if path.suffix == ".safetensors" else path
-
-
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """Config and tensors of an adapter folder, without a model. AdapterError when it is none."""
-    missing = [f for f in (CONFIG, WEIGHTS) if not (folder / f).is_file()]
-    if missing:
-        hint = "Give the folder that holds both files, for a run its `adapters` folder."
-        if folder.is_dir() and (folder / "adapters" / CONFIG).is_file():
-            hint = f"Did you mean {folder / 'adapters'}?"
-        raise AdapterError(f"{folder} is no adapter folder: no {' and no '.join(missing)}", hint)
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
-        mx.eval(tensors)
-    except Exception as error:
-        raise AdapterError(f"the adapter in {folder} does not load: {error}") from error
-    kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
-    parameters = config.get("lora_parameters") if isinstance(config, dict) else None
-    if kind != "lora" or not isinstance(parameters, dict):
-        raise AdapterError(f"{folder / CONFIG} describes no LoRA adapter (fine_tune_type {kind!r})")
-    absent = [k for k in ("rank", "scale") if k not in parameters]
-    if absent:
-        raise AdapterError(f"{folder / CONFIG}: lora_parameters has no {' and no '.join(absent)}")
-    wrong = [
-        f"{name} is {parameters.get(name)!r}"
-        for name, kind in (("rank", int), ("scale", int | float), ("keys", list | None))
-        if not isinstance(parameters.get(name), kind)
-    ]
-    if wrong or not isinstance(config.get("num_layers", -1), int):
-        raise AdapterError(f"{folder / CONFIG} is not sound: {', '.join(wrong) or 'num_layers'}")
-    return config, tensors
+def rank_of(layer: Any) -> int:
+    """The rank of a LoRA layer, an expert's or an embedding's too."""
+    return layer.lora_a.shape[-2] if layer.lora_a.ndim == 3 else layer.lora_a.shape[-1]
 
 
 def load(model: nn.Module, folder: Path) -> dict[str, Any]:
     """Attach the adapter in `folder`. Unlike mlx-lm, missing tensors are an error too."""
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
     config, tensors = read(folder)
     parameters = {"dropout": 0.0, **config["lora_parameters"]}
     keys = parameters.get("keys")
     if keys is not None:
         expand_keys(model, keys)  # names every key that matches nothing
     model.freeze()
-    linear_to_lora_layers(model, config.get("num_layers", -1), parameters)
+    dora = config.get("fine_tune_type") == "dora"
+    to_lora_layers(model, config.get("num_layers", -1), parameters, dora=dora)
     wanted = {
         name: value.shape
         for name, value in tree_flatten(model.parameters())
-        if name.rsplit(".", 1)[-1] in ("lora_a", "lora_b")
+        if name.rpartition(".")[2] in FACTORS
     }
     problems = mismatches({k: v.shape for k, v in tensors.items()}, wanted)
     if problems:
@@ -96,10 +70,18 @@ def load(model: nn.Module, folder: Path) -> dict[str, Any]:
             f"{folder}: {len(problems)} tensors do not fit the model\n" + "\n".join(problems),
             "Was it trained on another base model, or with other keys or rank?",
         )
-    model.load_weights(list(tensors.items()), strict=False)
+    put(model, config, tensors)
     cpu.follow(model)
     mx.eval(model.parameters())
     return config
+
+
+def put(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> None:
+    """Tensors into a model that has their layers, at the ranks in use."""
+    layers = lora_layers(model)
+    for name, value in unpadded(config, tensors).items():
+        module, _, factor = name.rpartition(".")
+        layers[module][factor] = value
 
 
 def mismatches(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -6,13 +6,13 @@ Thresholds were chosen from measured behaviour, see docs/check.md.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
-from mlx_lora.adapter.inits import HARMLESS
+from mlx_lora.adapter.inits import HARMLESS, label
 from mlx_lora.check.metrics import Measured, fingerprint, measure
 from mlx_lora.check.probes import Probes, read
 from mlx_lora.errors import ConfigError, near
@@ -48,6 +48,14 @@ class Report:
     measured: Measured
     expect: str
     seconds: float
+    config: Mapping[str, Any] | None = None  # the adapter's, as attach or files.load returned it
+    certificate: Mapping[str, Any] | None = None  # what --certify or --verify came to
+
+    @property
+    def exit_code(self) -> int:
+        """1 when the check failed, or its certificate was refused or is invalid."""
+        status = (self.certificate or {}).get("status")
+        return 1 if self.verdict == "fail" or status in ("refused", "invalid") else 0
 
     def to_json(self) -> dict[str, Any]:
         m = asdict(self.measured)
@@ -62,6 +70,7 @@ class Report:
                 **m,
                 "gates": [asdict(g) for g in self.gates],
                 "seconds": round(self.seconds, 3),
+                **({"certificate": self.certificate} if self.certificate else {}),
             }
         )
 
@@ -88,12 +97,16 @@ def check(
     probes = read(loaded, prompts)
     prints = fingerprint(loaded, probes)
     if adapter is not None:
-        files.load(loaded.model, adapter)
-        return judge(loaded, probes, prints, expect or "healthy", None, begin, seed)
-    attaching.attach(
-        loaded.model, init=init, init_options=init_options, seed=seed, **dict(lora or {})
+        config = files.load(loaded.model, adapter)
+        report = judge(loaded, probes, prints, expect or "healthy", None, begin, seed)
+        return replace(report, config=config)
+    options = dict(init_options or {})
+    config = attaching.attach(
+        loaded, init=init, init_options=options, seed=seed, **dict(lora or {})
     )
-    return judge(loaded, probes, prints, expect or "same", init, begin, seed)
+    start = label(init, options)
+    report = judge(loaded, probes, prints, expect or "same", start, begin, seed)
+    return replace(report, config=config)
 
 
 def judge(

@@ -1,6 +1,7 @@
 """What is measured of base and adapted model on the same tokens. No thresholds here."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -51,6 +52,9 @@ class Measured:
     b_norm: float  # Frobenius norm of all lora_b together; 0 means an untrained adapter
     non_finite: Sequence[str]  # modules with NaN or Inf in their factors
     dropout: float
+    probes_hash: str  # of the texts' token ids and the prompts
+    logits_base_hash: str  # of the float32 logits on every text
+    logits_adapted_hash: str
     samples: Sequence[SamplePair] = field(default_factory=list)
 
 
@@ -88,6 +92,10 @@ def digest(array: mx.array) -> str:
     return hashlib.blake2b(np.array(array, copy=False).tobytes(), digest_size=16).hexdigest()
 
 
+def digest_text(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def measure(
     loaded: Loaded, probes: Probes, base_prints: Sequence[str], *, sample_tokens: int, seed: int
 ) -> Measured:
@@ -96,18 +104,18 @@ def measure(
     `base_prints` is the fingerprint of the model before attaching.
     """
     vocabulary = vocabulary_size(loaded.model)
-    identical, restored, rows = [], [], []
+    prints, restored, rows = [], [], []
     for block, base_print in zip(blocks(probes, vocabulary), base_prints, strict=True):
         with switched_off(loaded.model):
             base_NTV = logits(loaded.model, block.ids_NT)
             restored.append(digest(base_NTV) == base_print)
         adapted_NTV = logits(loaded.model, block.ids_NT)
-        identical.append(digest(adapted_NTV) == base_print)
+        prints.append(digest(adapted_NTV))
         rows.append(compared(block, log_softmax(base_NTV), log_softmax(adapted_NTV)))
     kl, agree, nll_base, nll_adapted, entropy_base, entropy_adapted = np.concatenate(rows, axis=1)
     layers = lora_layers(loaded.model)
     return Measured(
-        bitwise_identical=all(identical),
+        bitwise_identical=prints == list(base_prints),
         off_restores_base=all(restored),
         kl_mean=float(kl.mean()),
         kl_p99=float(np.quantile(kl, 0.99)),
@@ -120,6 +128,9 @@ def measure(
         b_norm=float(np.sqrt(sum((m.lora_b**2).sum().item() for m in layers.values()))),
         non_finite=[n for n, m in layers.items() if not is_finite(m)],
         dropout=max((1 - m.dropout._p_1 for m in layers.values()), default=0.0),
+        probes_hash=digest_text(json.dumps([probes.texts, probes.prompts])),
+        logits_base_hash=digest_text(" ".join(base_prints)),
+        logits_adapted_hash=digest_text(" ".join(prints)),
         **sampling(loaded, probes.prompts, sample_tokens, seed),
     )
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora import models
+from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter.files import folder_of
-from mlx_lora.adapter.inits import inits
+from mlx_lora.check import certificate
 from mlx_lora.check.gate import Report, check
 from mlx_lora.errors import ConfigError
 
@@ -22,6 +23,9 @@ def check_named(
     prompts: Path | None,
     bits: int | None,
     seed: int,
+    certify: bool = False,
+    verify: bool = False,
+    out: Path | None = None,
 ) -> Report:
     """Check a model, or everything an experiment file names. Names are judged before loading."""
     quantize = {"bits": bits, "group_size": 64, "mode": "affine"} if bits else None
@@ -39,6 +43,8 @@ def check_named(
         quantize = e.quantize.model_dump() if e.quantize else None
         asked = e.lora_parameters
         lora = {
+            "dora": e.fine_tune_type == "dora",
+            "rows": attaching.calibration_rows(e),
             "rank": asked.rank,
             "scale": asked.effective_scale,
             "keys": asked.keys,
@@ -51,9 +57,14 @@ def check_named(
             "an adapter from disk brings its own start, keys and rank",
             "Drop --init, -o and --keys, or drop --adapter to check a fresh one.",
         )
-    inits.bind(init, given)
+    if adapter is None:
+        attaching.foresee(init, given, lora.get("rows"))
+    expect = certificate.foresee(adapter, expect, certify=certify, verify=verify, out=out)
+    recorded = certificate.read(adapter) if adapter and verify else None
+    if recorded and quantize is None:
+        quantize = certificate.quantization(recorded)
     loaded = models.load(name, quantize=quantize)
-    return check(
+    report = check(
         loaded,
         adapter=adapter,
         init=init,
@@ -63,6 +74,9 @@ def check_named(
         prompts=prompts,
         seed=seed,
     )
+    if certify:
+        return certificate.certify(loaded, report, adapter, out)
+    return certificate.verify(loaded, report, recorded, adapter) if recorded and adapter else report
 
 
 def parse_options(option: Sequence[str]) -> dict[str, Any]:

@@ -1,15 +1,27 @@
 """The check's report for a person: verdict, gates, samples side by side."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from mlx_lora.check.certificate import ANYWHERE, HERE, NAME
 from mlx_lora.check.gate import Report
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 SHOWN = 4
+RESULTS = {
+    "valid": f"{NAME} is valid: everything is as recorded, logits included.",
+    "invalid": f"{NAME} is invalid: what differs is not what was certified.",
+    "other_environment": (
+        f"{NAME} holds as far as it can be compared: files, texts and verdict are as recorded. "
+        "Logits were not compared, for the environment is another one."
+    ),
+}
 
 
 def print_report(report: Report) -> None:
@@ -21,6 +33,8 @@ def print_report(report: Report) -> None:
     body = "\n".join(report.reasons)
     title = f"[bold {colour}]{report.verdict}[/]  expected: {report.expect}, {report.seconds:.1f} s"
     console.print(Panel(Text(body), title=title, title_align="left", border_style=colour))
+    for sentence in sentences(report.certificate) if report.certificate else ():
+        console.print(sentence, markup=False, soft_wrap=True)
 
 
 def gate_table(report: Report) -> Table:
@@ -44,3 +58,20 @@ def sample_table(report: Report) -> Table:
 def plain(text: str, limit: int = 300) -> Text:
     """Text with control characters made visible, so that no output can drive the terminal."""
     return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit]))
+
+
+def sentences(certificate: Mapping[str, Any]) -> list[str]:
+    """One for every item that was compared, and what they come to."""
+    if "sentence" in certificate:
+        return [certificate["sentence"]]
+    words = {**ANYWHERE, **HERE}
+    lines = [
+        f"{words[row['item']]}: "
+        + ("as recorded" if row["equal"] else f"recorded {row['recorded']}, found {row['found']}")
+        for row in certificate["compared"]
+    ]
+    lines += [
+        f"environment, {row['item']}: recorded {row['recorded']}, found {row['found']}"
+        for row in certificate["environment_differences"]
+    ]
+    return [*lines, RESULTS[certificate["status"]]]

@@ -8,9 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_lora.adapter.attach import switched_off
+from mlx_lora.adapter.attach import reference, start_of
 from mlx_lora.generate import prefill
 from mlx_lora.models import pad_right, plain_cache, split_head
 from mlx_lora.numerics import entropy, log_softmax
@@ -95,8 +95,8 @@ def completion_hidden_in_full(model: nn.Module, packed: Packed) -> mx.array:
 
 
 def reference_logps(model: nn.Module, packed: Packed, temperature: float) -> mx.array:
-    """The same under the base: adapter switched off, no second model in memory."""
-    with switched_off(model):
+    """The same under the reference policy, which needs no second model in memory."""
+    with reference(model):
         logps_BT, _ = completion_logps(model, packed, temperature)
         mx.eval(logps_BT)
     return logps_BT
@@ -138,7 +138,12 @@ def gradients(
 
 
 def apply(
-    model: nn.Module, optimizer: optim.Optimizer, grads: Any, max_norm: float
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    grads: Any,
+    max_norm: float,
+    *,
+    lora_plus: float = 1.0,
 ) -> tuple[float, bool]:
     """Clip and update. Returns the gradient norm and whether the step was taken: only if finite."""
     clipped, norm = optim.clip_grad_norm(grads, max_norm)
@@ -146,9 +151,29 @@ def apply(
     length = cast(float, norm.item())
     if not np.isfinite(length):
         return length, False
-    optimizer.update(model, clipped)
+    step(model, optimizer, clipped, lora_plus)
     mx.eval(model.trainable_parameters(), optimizer.state)
     return length, True
+
+
+def step(model: nn.Module, optimizer: optim.Optimizer, grads: Any, lora_plus: float = 1.0) -> None:
+    """One optimizer step in the distance from the adapter's start, which weight decay pulls to.
+
+    The start is zero unless the init moved the model: there plain decay would undo what the init
+    put in. `lora_plus` is the learning rate of every lora_b over that of lora_a (LoRA+, arXiv
+    2402.12354): whatever the optimizer, B's step is that much longer.
+    """
+    start, now = start_of(model), model.trainable_parameters()
+    before = tree_map_with_path(lambda n, x: x - start[n] if n in start else x, now)
+    after = dict(tree_flatten(optimizer.apply_gradients(grads, before)))
+
+    def longer(name: str, old: mx.array, distance: mx.array) -> mx.array:
+        ratio = lora_plus if name.endswith(".lora_b") else 1.0
+        if ratio == 1 and name not in start:
+            return after[name]
+        return old + ratio * (after[name] - distance)
+
+    model.update(tree_map_with_path(longer, now, before))
 
 
 def trainable_count(model: nn.Module) -> int:

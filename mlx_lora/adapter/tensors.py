@@ -1,0 +1,80 @@
+"""Adapter files as tensors and settings, without a model. The format is mlx-lm's.
+
+Where layers have different ranks, the file holds them all at the largest, filled up with zeros, and
+`rank_pattern` in the config has the ranks in use: stock mlx-lm computes the same from it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_lora.errors import AdapterError
+
+WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+KINDS = ("lora", "dora")
+
+
+def folder_of(given: str) -> Path:
+    """mlx-lm names the file, people name the folder: both are understood."""
+    path = Path(given)
+    return path.parent if path.suffix == ".safetensors" else path
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """Config and tensors of an adapter folder, without a model. AdapterError when it is none."""
+    missing = [f for f in (CONFIG, WEIGHTS) if not (folder / f).is_file()]
+    if missing:
+        hint = "Give the folder that holds both files, for a run its `adapters` folder."
+        if folder.is_dir() and (folder / "adapters" / CONFIG).is_file():
+            hint = f"Did you mean {folder / 'adapters'}?"
+        raise AdapterError(f"{folder} is no adapter folder: no {' and no '.join(missing)}", hint)
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        tensors: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
+        mx.eval(tensors)
+    except Exception as error:
+        raise AdapterError(f"the adapter in {folder} does not load: {error}") from error
+    kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
+    parameters = config.get("lora_parameters") if isinstance(config, dict) else None
+    if kind not in KINDS or not isinstance(parameters, dict):
+        raise AdapterError(f"{folder / CONFIG} describes no LoRA adapter (fine_tune_type {kind!r})")
+    absent = [k for k in ("rank", "scale") if k not in parameters]
+    if absent:
+        raise AdapterError(f"{folder / CONFIG}: lora_parameters has no {' and no '.join(absent)}")
+    wrong = [
+        f"{name} is {parameters.get(name)!r}"
+        for name, kind in (("rank", int), ("scale", int | float), ("keys", list | None))
+        if not isinstance(parameters.get(name), kind)
+    ]
+    if wrong or not isinstance(config.get("num_layers", -1), int):
+        raise AdapterError(f"{folder / CONFIG} is not sound: {', '.join(wrong) or 'num_layers'}")
+    return config, tensors
+
+
+def padded(
+    tensors: Mapping[str, mx.array], rank: int
+) -> tuple[dict[str, mx.array], dict[str, int]]:
+    """The factors at one rank, and the ranks of the modules that needed it."""
+    found, pattern = dict(tensors), {}
+    for name, a in tensors.items():
+        module, _, factor = name.rpartition(".")
+        if factor != "lora_a" or a.ndim != 2 or a.shape[1] == rank:
+            continue
+        b, more = tensors[f"{module}.lora_b"], rank - a.shape[1]
+        pattern[module] = a.shape[1]
+        found[name] = mx.pad(a, [(0, 0), (0, more)])
+        found[f"{module}.lora_b"] = mx.pad(b, [(0, more), (0, 0)])
+    return found, pattern
+
+
+def unpadded(config: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The factors at the ranks in use."""
+    found = dict(tensors)
+    for module, rank in (config.get("rank_pattern") or {}).items():
+        a, b = (found.get(f"{module}.{f}") for f in ("lora_a", "lora_b"))
+        if a is not None and b is not None:
+            found[f"{module}.lora_a"], found[f"{module}.lora_b"] = a[:, :rank], b[:rank]
+    return found

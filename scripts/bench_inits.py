@@ -1,0 +1,278 @@
+"""Does it matter how an adapter starts? Every init, tuned alike, trained by RL on the demo task.
+
+Each init gets its own learning rate, the best of one small grid on seed 0 (otherwise the ranking
+would rank learning rates), then more seeds at that rate. Every run is kept in
+figures/inits_runs.jsonl as soon as it ends, and a run that is there is not repeated: the script can
+be stopped and started again. Writes figures/inits.json and figures/inits.png.
+
+    OPENBLAS_NUM_THREADS=1 python scripts/bench_inits.py               # all of it, some 2 hours
+    python scripts/bench_inits.py --only zero,gradient --part 0/2      # a share of it
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_lora import config, models
+from mlx_lora.adapter import files
+from mlx_lora.adapter.attach import attach, calibration_rows
+from mlx_lora.check import gate
+from mlx_lora.check.metrics import fingerprint
+from mlx_lora.check.probes import read
+from mlx_lora.experiment import optimizer_of
+from mlx_lora.rl import grpo
+from mlx_lora.rl.evaluate import judge, wilson
+from mlx_lora.runlog import Clock, commit, json_safe
+from mlx_lora.tasks import load_task
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS, OUT = ROOT / "figures/inits_runs.jsonl", ROOT / "figures/inits.json"
+RATES = (5e-4, 1e-3, 2e-3)
+SEEDS, TOP_SEEDS, TOP = (0, 1, 2), (0, 1, 2, 3, 4), 4
+HELD_OUT = 512
+GAIN, WINDOW = 0.10, 5  # steps until the sampled accuracy of 5 steps is 10 points above the start
+VARIANTS: dict[str, dict[str, Any]] = {
+    "zero": {},
+    "orthonormal": {"init": "orthonormal"},
+    "split_support": {"init": "split_support"},
+    "activations": {"init": "activations"},
+    "activations, ranks moved": {"init": {"name": "activations", "max_rank_ratio": 2}},
+    "gradient": {"init": "gradient"},
+    "svd of another run": {"init": {"name": "svd", "reference": "REFERENCE"}},
+    "tiny_scale": {"init": "tiny_scale"},
+    "null_space": {"init": "null_space"},
+    "output_match": {"init": "output_match"},
+    "quant_repair": {"init": "quant_repair"},
+    "loftq": {"init": "loftq"},
+    "pissa": {"init": "pissa"},
+    "gaussian 0.02": {"init": {"name": "gaussian", "std": 0.02}},
+    "gaussian 0.1": {"init": {"name": "gaussian", "std": 0.1}},
+    "zero, DoRA": {"fine_tune_type": "dora"},
+    "zero, LoRA+ 16": {"lora_parameters": {"rank": 8, "scale": 2.0, "lora_plus_ratio": 16.0}},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="variants, comma-separated")
+    parser.add_argument("--part", default="0/1", help="this share of the variants, like 0/2")
+    parser.add_argument("--report", action="store_true", help="only draw what is there")
+    given = parser.parse_args()
+    part, parts = map(int, given.part.split("/"))
+    names = given.only.split(",") if given.only else list(VARIANTS)
+    if not given.report:
+        for rate in sorted(RATES, key=lambda r: abs(r - 1e-3)):
+            for name in names[part::parts]:
+                ensure(name, rate, 0)
+        for seed in SEEDS[1:]:
+            for name in names[part::parts]:
+                ensure(name, best_rate(name), seed)
+        for name in [n for n in ranking()[:TOP] if n in names[part::parts]]:
+            for seed in TOP_SEEDS[len(SEEDS) :]:
+                ensure(name, best_rate(name), seed)
+    write_report()
+
+
+def runs() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+
+
+def ensure(name: str, rate: float, seed: int) -> None:
+    """Make the run unless it is on file."""
+    if any((r["variant"], r["learning_rate"], r["seed"]) == (name, rate, seed) for r in runs()):
+        return
+    record = {"variant": name, "learning_rate": rate, "seed": seed} | one(name, rate, seed)
+    with RUNS.open("a") as log:
+        log.write(json.dumps(json_safe(record)) + "\n")
+    print(f"{name:26} lr {rate:g} seed {seed}: {record['accuracy']:.1%}, {record['seconds']:.0f} s")
+
+
+def experiment_of(name: str, rate: float, seed: int) -> config.Experiment:
+    text = (ROOT / "configs/demo.yaml").read_text()
+    changes = {k: json.dumps(v) for k, v in VARIANTS[name].items()}
+    if "REFERENCE" in changes.get("init", ""):
+        changes["init"] = changes["init"].replace("REFERENCE", str(reference_folder()))
+    overrides = [f"{k}={v}" for k, v in changes.items()]
+    return config.from_text(
+        text, "demo.yaml", [*overrides, f"learning_rate={rate}", f"seed={seed}"]
+    )
+
+
+def reference_folder() -> Path:
+    """An adapter that the same task trained from a seed that is not measured."""
+    folder = ROOT / "figures/.inits_reference"
+    if not (folder / files.CONFIG).exists():
+        one("zero", 1e-3, 100, keep=folder)
+    return folder
+
+
+def one(name: str, rate: float, seed: int, keep: Path | None = None) -> dict[str, Any]:
+    """Attach, check, train, evaluate: what a user's run does, without its files."""
+    begin = time.perf_counter()
+    e = experiment_of(name, rate, seed)
+    task = load_task("countdown", e.task.options)  # type: ignore[union-attr]
+    loaded = models.load(e.model, quantize=e.quantize.model_dump())  # type: ignore[union-attr]
+    probes = read(loaded)
+    prints = fingerprint(loaded, probes)
+    attached = time.perf_counter()
+    adapter = attach(
+        loaded,
+        rank=e.lora_parameters.rank,
+        scale=e.lora_parameters.effective_scale,
+        init=e.init.name,
+        init_options=e.init.options,
+        seed=seed,
+        dora=e.fine_tune_type == "dora",
+        rows=calibration_rows(e),
+    )
+    attach_seconds = time.perf_counter() - attached
+    start = gate.judge(loaded, probes, prints, "same", None, begin, seed)
+    before = accuracy(loaded, task, e)
+    history: list[dict[str, float]] = []
+
+    def report(step: int, metrics: dict[str, float], groups: Any) -> None:
+        history.append(metrics)
+
+    try:
+        for _ in grpo.train(loaded, task, e, optimizer_of(e), Clock(), report):
+            pass
+        diverged = False
+    except grpo.Diverged:
+        diverged = True
+    after = accuracy(loaded, task, e)
+    if keep:
+        files.save(loaded.model, adapter, keep)
+    low, high = wilson(round(after * HELD_OUT), HELD_OUT)
+    sampled = [h["accuracy"] for h in history]
+    return {
+        "kl_at_start": start.measured.kl_mean,
+        "perplexity_ratio_at_start": start.to_json()["perplexity_ratio"],
+        "verdict_at_start": start.verdict,
+        "first_gradient_norm": history[0].get("grad_norm", 0.0),
+        "measured": adapter["init"].get("measured", {}),
+        "accuracy_at_start": before,
+        "steps_to_gain": steps_to(sampled, float(np.mean(sampled[:2])) + GAIN),
+        "accuracy": after,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "diverged": diverged,
+        "attach_seconds": attach_seconds,
+        "seconds": time.perf_counter() - begin,
+        "commit": commit(),
+    }
+
+
+def accuracy(loaded: models.Loaded, task: Any, e: config.Experiment) -> float:
+    samples = task.load("test", HELD_OUT, 0)
+    rewards = judge(loaded, task, samples, e.rollout.max_tokens, 0.0, 0)
+    return float(np.mean([r.value >= task.high for r in rewards]))
+
+
+def steps_to(sampled: list[float], goal: float) -> int | None:
+    """The first step at which the mean of the last WINDOW reached the goal."""
+    for step in range(WINDOW, len(sampled) + 1):
+        if np.mean(sampled[step - WINDOW : step]) >= goal:
+            return step
+    return None
+
+
+def best_rate(name: str) -> float:
+    """The rate with the best held-out accuracy on seed 0."""
+    tried = [r for r in runs() if r["variant"] == name and r["seed"] == 0]
+    return max(tried, key=lambda r: r["accuracy"])["learning_rate"]
+
+
+def at_best(name: str) -> list[dict[str, Any]]:
+    found = [r for r in runs() if r["variant"] == name]
+    rate = best_rate(name)
+    return sorted((r for r in found if r["learning_rate"] == rate), key=lambda r: r["seed"])
+
+
+def ranking() -> list[str]:
+    done = {r["variant"] for r in runs()}
+    return sorted(done, key=lambda n: -float(np.mean([r["accuracy"] for r in at_best(n)])))
+
+
+def summary(name: str) -> dict[str, Any]:
+    """One line of the table. The interval is over seeds: mean ± 1.96 standard errors."""
+    mine = at_best(name)
+    accuracies = np.array([r["accuracy"] for r in mine])
+    others = accuracies[1:] if len(mine) > 1 else accuracies  # seed 0 chose the rate
+    error = accuracies.std(ddof=1) / len(mine) ** 0.5 if len(mine) > 1 else float("nan")
+    steps = [r["steps_to_gain"] for r in mine]
+    return {
+        "variant": name,
+        "learning_rate": best_rate(name),
+        "seeds": [r["seed"] for r in mine],
+        "kl_at_start": float(np.mean([r["kl_at_start"] for r in mine])),
+        "perplexity_ratio_at_start": float(np.mean([r["perplexity_ratio_at_start"] for r in mine])),
+        "verdict_at_start": mine[0]["verdict_at_start"],
+        "first_gradient_norm": float(np.mean([r["first_gradient_norm"] for r in mine])),
+        "accuracy_at_start": float(np.mean([r["accuracy_at_start"] for r in mine])),
+        "steps_to_gain": float(np.median([s or np.inf for s in steps])),
+        "accuracies": accuracies.tolist(),
+        "accuracy": float(accuracies.mean()),
+        "accuracy_without_seed_0": float(others.mean()),
+        "accuracy_low": float(accuracies.mean() - 1.96 * error),
+        "accuracy_high": float(accuracies.mean() + 1.96 * error),
+        "grid": {
+            f"{r['learning_rate']:g}": r["accuracy"]
+            for r in runs()
+            if r["variant"] == name and r["seed"] == 0
+        },
+        "attach_seconds": float(np.median([r["attach_seconds"] for r in mine])),
+        "seconds": float(np.median([r["seconds"] for r in mine])),
+    }
+
+
+def write_report() -> None:
+    rows = [summary(name) for name in ranking()]
+    document = {
+        "question": "Does it matter how an adapter starts, once its learning rate is tuned?",
+        "script": "scripts/bench_inits.py",
+        "commits": sorted({r["commit"] for r in runs() if r["commit"]}),
+        "held_out": HELD_OUT,
+        "rates": RATES,
+        "rows": rows,
+    }
+    OUT.write_text(json.dumps(json_safe(document), indent=2, allow_nan=False) + "\n")
+    draw(rows, OUT.with_suffix(".png"))
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy by init with every seed, beside the KL it starts with."""
+    from matplotlib.figure import Figure
+
+    rows = rows[::-1]
+    at = np.arange(len(rows))
+    figure = Figure(figsize=(12, 1.6 + 0.4 * len(rows)), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    for y, row in zip(at, rows, strict=True):
+        left.plot(
+            row["accuracies"], [y] * len(row["accuracies"]), "o", color="steelblue", alpha=0.5
+        )
+        left.plot([row["accuracy_at_start"]], [y], "|", color="grey", markersize=14)
+        if row["accuracy_low"] is not None and np.isfinite(row["accuracy_low"]):
+            left.plot([row["accuracy_low"], row["accuracy_high"]], [y, y], color="navy", lw=1.5)
+        left.plot([row["accuracy"]], [y], "D", color="navy")
+    left.set_yticks(at, [f"{r['variant']}  (lr {r['learning_rate']:g})" for r in rows])
+    left.set_xlabel("greedy accuracy on 512 held-out problems: ◆ mean, ● seeds, | before training")
+    left.grid(axis="x", alpha=0.3)
+    floor = 1e-9
+    right.barh(at, [max(r["kl_at_start"], floor) for r in rows], color="coral", left=0)
+    right.set_xscale("log")
+    right.set_xlim(floor, 20)
+    right.axvline(1e-3, color="grey", ls="--", lw=1)
+    right.set_xlabel("KL to the base before training, nats per token (none: exactly 0)")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("RL from every start, each at its own best learning rate", fontsize=14)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
