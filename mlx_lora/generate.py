@@ -15,6 +15,7 @@ import numpy as np
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mlx_lora import cpu
+from mlx_lora.adapter.dora import frozen_norms
 from mlx_lora.models import Loaded, encode_prompt, eos_ids, new_cache, plain_cache, split_head
 from mlx_lora.numerics import exp, log_softmax
 from mlx_lora.types import Rollout
@@ -38,10 +39,11 @@ def generate(
     prompts_ids = [encode_prompt(loaded.tokenizer, p) for p in prompts]
     uniform_BT = noise(seed, step, len(prompts), group, max_tokens)
     prompt_of_B = [p for p in range(len(prompts)) for _ in range(group)]
-    hidden_BD, cache = prefill(loaded.model, prompts_ids, prompt_of_B)
     eos = eos_ids(loaded.tokenizer)
     drawer = drawer_of(temperature, top_p, top_k)
-    ids_BT, logps_BT = decode(loaded.model, hidden_BD, cache, uniform_BT, drawer, eos)
+    with frozen_norms(loaded.model):
+        hidden_BD, cache = prefill(loaded.model, prompts_ids, prompt_of_B)
+        ids_BT, logps_BT = decode(loaded.model, hidden_BD, cache, uniform_BT, drawer, eos)
     rows = [
         trim(loaded.tokenizer, prompts_ids[row // group], ids_BT[row], logps_BT[row], eos)
         for row in range(len(prompts) * group)

@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "orthonormal": {"init": "orthonormal"},
     "split_support": {"init": "split_support"},
     "activations": {"init": "activations"},
-    "activations, ranks moved": {"init": {"name": "activations", "max_rank_ratio": 2}},
+    "activations redistributed": {"init": {"name": "activations", "max_rank_ratio": 2}},
     "gradient": {"init": "gradient"},
     "svd of another run": {"init": {"name": "svd", "reference": "REFERENCE"}},
     "tiny_scale": {"init": "tiny_scale"},
@@ -51,8 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pissa": {"init": "pissa"},
     "gaussian 0.02": {"init": {"name": "gaussian", "std": 0.02}},
     "gaussian 0.1": {"init": {"name": "gaussian", "std": 0.1}},
-    "zero, DoRA": {"fine_tune_type": "dora"},
-    "zero, LoRA+ 16": {"lora_parameters": {"rank": 8, "scale": 2.0, "lora_plus_ratio": 16.0}},
+    "zero DoRA": {"fine_tune_type": "dora"},
+    "zero LoRA+ 16": {"lora_parameters": {"rank": 8, "scale": 2.0, "lora_plus_ratio": 16.0}},
 }
 
 
@@ -78,7 +78,10 @@ def main() -> None:
 
 
 def runs() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+    if not RUNS.exists():
+        return []
+    found = [json.loads(line) for line in RUNS.read_text().splitlines()]
+    return list({(r["variant"], r["learning_rate"], r["seed"]): r for r in found}.values())
 
 
 def ensure(name: str, rate: float, seed: int) -> None:
@@ -88,7 +91,10 @@ def ensure(name: str, rate: float, seed: int) -> None:
     record = {"variant": name, "learning_rate": rate, "seed": seed} | one(name, rate, seed)
     with RUNS.open("a") as log:
         log.write(json.dumps(json_safe(record)) + "\n")
-    print(f"{name:26} lr {rate:g} seed {seed}: {record['accuracy']:.1%}, {record['seconds']:.0f} s")
+    print(
+        f"{name:26} lr {rate:g} seed {seed}: {record['accuracy']:.1%}, {record['seconds']:.0f} s",
+        flush=True,
+    )
 
 
 def experiment_of(name: str, rate: float, seed: int) -> config.Experiment:

@@ -2,9 +2,9 @@
 
     python scripts/reach.py
 
-Builds a tiny random model of every architecture in tests/zoo.py, unquantized and in 4 bits, asks it
-what tests/zoo_checks.py asks, and every way of packing on two of them. Writes figures/reach.json and
-the tables of docs/reach.md. A minute on one CPU core.
+Builds a tiny random model of every architecture in tests/zoo.py, unquantized and in 4 bits, and
+asks it what tests/zoo_checks.py asks; then packs two of them in every way. Writes
+figures/reach.json and the tables of docs/reach.md. About a minute on one CPU core.
 """
 
 import json
@@ -27,6 +27,7 @@ OUT, PAGE = ROOT / "figures" / "reach.json", ROOT / "docs" / "reach.md"
 BEGIN, END = "<!-- reach -->\n", "<!-- end of reach -->\n"
 COLUMNS = {
     "4 bit": "4 bit",
+    "short keys": "short keys",
     "harmless": "harmless",
     "switched off": "off is base",
     "gradients": "gradients",
@@ -39,6 +40,7 @@ PACKINGS = [("affine", b) for b in (None, 2, 3, 4, 5, 6, 8)]
 PACKINGS += [("mxfp4", 4), ("nvfp4", 4), ("mxfp8", 8)]
 DTYPES = ("float32", "float16", "bfloat16")
 PACKED = ("llama", "qwen3_moe")
+HEADINGS = ("In mlx-lm", "In mlx_lora", "Unexplained")
 Record = dict[str, Any]
 
 
@@ -98,9 +100,7 @@ def packed(name: str, mode: str, bits: int | None) -> Record:
     import mlx.core as mx
 
     def check(dtype: str) -> str:
-        return zoo_checks.told(
-            lambda: zoo_checks.packing(name, bits, mode, getattr(mx, dtype))
-        )
+        return zoo_checks.told(lambda: zoo_checks.packing(name, bits, mode, getattr(mx, dtype)))
 
     return {"name": name, "mode": mode, "bits": bits, "problems": {d: check(d) for d in DTYPES}}
 
@@ -113,11 +113,13 @@ def summary(report: Mapping[str, Any]) -> str:
     return f"""\
 {report["about"]["system"]}, {versions}, CPU path `{report["about"]["cpu_path"]}`.
 {len(found)} models of {len(files)} architectures. {sum(works(a, "runs") for a in found)} run here.
-The start is bitwise harmless on {counts["harmless"]}, and on every one that runs and has a linear
-layer; off is bitwise the base on {counts["switched off"]}; gradients reach every layer on
-{counts["gradients"]}; stock mlx-lm loads the saved adapter on {counts["loads"]}; cached decoding
-equals the full forward pass on {counts["decodes"]}, with prompts of mixed lengths on
-{counts["padded"]}.
+
+- bitwise harmless at the start: {counts["harmless"]}
+- bitwise the base when switched off: {counts["switched off"]}
+- gradients reach every layer: {counts["gradients"]}
+- the saved adapter loads in stock mlx-lm: {counts["loads"]}
+- cached decoding equals the full forward pass: {counts["decodes"]}
+- and does so with prompts of mixed lengths in a batch: {counts["padded"]}
 """
 
 
@@ -149,33 +151,51 @@ def table(found: Sequence[Record]) -> str:
 
 
 def packing_table(found: Sequence[Record]) -> str:
-    """Every packing by dtype; what does not run says why below."""
+    """Every packing by dtype, and why what does not work does not."""
     lines = [
         "## Packings\n",
         "Harmless, and bitwise the base when switched off:\n",
         f"| model | packing | {' | '.join(DTYPES)} |",
         f"|---|---|{'---|' * len(DTYPES)}",
     ]
-    reasons = {text for record in found for text in record["problems"].values() if text}
     for record in found:
         name = f"{record['mode']}, {record['bits']} bits" if record["bits"] else "unquantized"
         cells = ["**no**" if text else "yes" for text in record["problems"].values()]
         lines.append(f"| {record['name']} | {name} | {' | '.join(cells)} |")
-    said = [f"- **no**: the base itself does not run there: `{text}`" for text in sorted(reasons)]
-    return "\n".join([*lines, "", *said]) + "\n"
+    wrong = [
+        f"- {record['name']} in {dtype}: `{text}`"
+        for record in found
+        for dtype, text in record["problems"].items()
+        if text
+    ]
+    return "\n".join([*lines, "", *wrong]) + "\n"
 
 
 def limits(found: Sequence[Record]) -> str:
-    """Each failure with its reason and in its own words."""
-    lines = ["## What does not work, and why\n"]
+    """Each failure with its reason and in its own words: mlx-lm's, ours, unexplained ones."""
+    reasons: dict[str, list[str]] = {heading: [] for heading in HEADINGS}
     for record in found:
-        wrong = {check: text for check, text in record["problems"].items() if text}
+        wrong = {c: text for c, text in record["problems"].items() if text}
+        for faults, heading in zip((zoo.LIMITS, zoo.BUGS), HEADINGS, strict=False):
+            checks, why = faults.get(record["name"], ({}, ""))
+            if mine := {c: wrong.pop(c) for c in checks if c in wrong}:
+                reasons[heading].append(reason(record["name"], why, mine))
         if wrong:
-            _, why = zoo.LIMITS.get(record["name"], ({}, "not explained yet"))
-            said = "; ".join(f"{COLUMNS.get(c, c)}: `{text}`" for c, text in wrong.items())
-            lines.append(f"- **{record['name']}**: {why}. {said}")
-    lines += [f"- **{name}** was not tried: {why}." for name, why in zoo.UNTRIED.items()]
+            reasons[HEADINGS[-1]].append(reason(record["name"], "no reason found", wrong))
+    lines = ["## What does not work, and why\n"]
+    for heading, said in reasons.items():
+        lines += [f"### {heading}\n", *said, ""] if said else []
+    lines += [f"Not tried: {name}; {why}." for name, why in zoo.UNTRIED.items()]
     return "\n".join(lines) + "\n"
+
+
+def reason(name: str, why: str, wrong: Mapping[str, str]) -> str:
+    """One line; checks that fail alike share their words."""
+    alike: dict[str, list[str]] = {}
+    for check, text in wrong.items():
+        alike.setdefault(text, []).append(COLUMNS.get(check, check))
+    said = "; ".join(f"{', '.join(checks)}: `{text}`" for text, checks in alike.items())
+    return f"- **{name}**: {why}. {said}"
 
 
 def bare(found: Sequence[Record]) -> str:

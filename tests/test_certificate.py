@@ -118,21 +118,28 @@ def test_a_changed_adapter_is_invalid_though_it_is_harmless(run, certified):
     assert sum("recorded" in line and "found" in line for line in said) == 1
 
 
-def test_other_texts_and_another_config_are_invalid(run, certified, tmp_path):
+def test_an_adapter_config_of_the_same_meaning_is_another_file(run, certified):
     config = json.loads((certified / files.CONFIG).read_text())
     (certified / files.CONFIG).write_text(json.dumps(config))
-    texts = tmp_path / "texts.txt"
-    texts.write_text("One summer Tom ran to the forest.\n")
-    report = run(adapter=certified, verify=True, prompts=texts)
-    logits = {"logits_base_hash", "logits_adapted_hash"}
-    assert unequal(report.certificate) == {"adapter.config_hash", "probes_hash", *logits}
+    report = run(adapter=certified, verify=True)
+    assert unequal(report.certificate) == {"adapter.config_hash"}
 
 
-def test_another_prompt_is_another_check_of_the_same_logits(run, certified, probes, tmp_path):
+@pytest.mark.parametrize(
+    ("row", "items"),
+    [
+        ({"prompt": "What is 2 * 4 ?"}, {"probes_hash"}),
+        (
+            {"text": "Tom lost the black cup."},
+            {"probes_hash", "logits_base_hash", "logits_adapted_hash"},
+        ),
+    ],
+)
+def test_another_prompt_or_text_is_another_check(run, certified, probes, tmp_path, row, items):
     more = tmp_path / "more.jsonl"
-    more.write_text(probes.read_text() + '{"prompt": "What is 2 * 4 ?"}\n')
+    more.write_text(probes.read_text() + json.dumps(row) + "\n")
     report = run(adapter=certified, verify=True, prompts=more)
-    assert unequal(report.certificate) == {"probes_hash"}
+    assert unequal(report.certificate) == items
 
 
 @pytest.mark.parametrize("item", sorted({*certificate.ANYWHERE, *certificate.HERE}))
@@ -222,10 +229,10 @@ def test_a_hub_snapshot_is_known_by_its_revision_and_other_weights_by_their_hash
     whole = certificate.base(replace(loaded, folder=folder))["weights_hash"]
     content = (folder / "model.safetensors").read_bytes()
     assert whole == hashlib.blake2b(content, digest_size=16).hexdigest()
-    (folder / "model.safetensors").rename(folder / "z.safetensors")
-    (folder / "a.safetensors").write_bytes(b"first")
-    both = hashlib.blake2b(b"first" + content, digest_size=16).hexdigest()
-    assert certificate.base(replace(loaded, folder=folder))["weights_hash"] == both
+    for shard in "3702516948":  # in whatever order a folder lists them
+        (folder / f"m{shard}.safetensors").write_text(shard)
+    sharded = hashlib.blake2b(b"0123456789" + content, digest_size=16).hexdigest()
+    assert certificate.base(replace(loaded, folder=folder))["weights_hash"] == sharded
 
 
 def test_the_dtype_is_that_of_the_frozen_weights():

@@ -493,3 +493,20 @@ def test_a_rebased_model_and_its_adapter_load_in_stock_mlx_lm(init, tmp_path):
     assert np.allclose(logits(loaded.model), logits(stock), atol=1e-3)
     plain = models.load("demo")
     assert not np.allclose(logits(plain.model), logits(stock), atol=1e-3)
+
+
+@pytest.mark.parametrize("init", ["zero", "gradient", "activations", "null_space"])
+def test_dora_starts_from_inits_too(init, tmp_path):
+    """Harmless where the init is, at bits that stock DoRA refuses, and on file as `dora`."""
+    loaded = tiny_loaded(bits=3, dtype=mx.bfloat16)
+    before = logits(loaded.model)
+    config = attach(loaded, init=init, rank=4, rows=SHORT, dora=True)
+    assert np.array_equal(before, logits(loaded.model)) == is_harmless(init, {})
+    for layer in lora_layers(loaded.model).values():
+        layer.m = 1.1 * layer.m
+    files.save(loaded.model, config, tmp_path)
+    again = tiny(bits=3, dtype=mx.bfloat16)
+    assert files.load(again, tmp_path)["fine_tune_type"] == "dora"
+    assert np.array_equal(logits(loaded.model), logits(again))
+    with switched_off(again):
+        assert np.array_equal(before, logits(again))

@@ -14,7 +14,7 @@ from mlx_lm.tuner.utils import load_adapters
 
 from mlx_lora import cpu
 from mlx_lora.adapter import files
-from mlx_lora.adapter.attach import attach, lora_layers, switched_off
+from mlx_lora.adapter.attach import attach, blocks, lora_layers, switched_off
 from mlx_lora.generate import prefill
 from mlx_lora.models import split_head
 from tests.tiny import IDS
@@ -23,6 +23,7 @@ from tests.zoo import KEYS, VOCABULARY, build
 X = mx.array(IDS)
 ONE_LENGTH, TWO_LENGTHS = [[5, 17, 3], [8, 1, 90]], [[5, 17, 3], [8, 1, 90, 12, 77]]
 CONTINUED = [[44, 44, 60], [12, 9, 77], [2, 5, 31]]  # a row a step, beyond the zoo's windows
+NARROW = ("shared_expert_gate", "coefficient", "coefs", "modality_router")  # below rank 4
 CLOSE = 1e-3  # of a standard deviation of the logits
 
 
@@ -55,7 +56,9 @@ def shake(model: nn.Module) -> None:
     """Noise into all that trains and is called lora_b, a fifth of the weights in size."""
     found = [(n, v) for n, v in tree_flatten(model.trainable_parameters()) if ".lora_b" in n]
     keys = mx.random.split(mx.random.key(7), len(found))
-    noise = [(n, 0.05 * mx.random.normal(v.shape, key=k)) for (n, v), k in zip(found, keys)]
+    noise = [
+        (n, 0.05 * mx.random.normal(v.shape, key=k)) for (n, v), k in zip(found, keys, strict=True)
+    ]
     model.update(tree_unflatten(noise))
 
 
@@ -74,7 +77,8 @@ def deaf(model: nn.Module) -> list[str]:
 
     value, gradients = nn.value_and_grad(model, loss)(model)
     assert np.isfinite(value.item())
-    found = {n: g for n, g in tree_flatten(gradients) if ".lora_b" in n}
+    flat: list[tuple[str, Any]] = tree_flatten(gradients)
+    found = {n: g for n, g in flat if ".lora_b" in n}
     assert found, "nothing trains"
     return [n for n, g in found.items() if not mx.any(g).item()]
 
@@ -120,23 +124,34 @@ def hastened(name: str, bits: int | None) -> str:
 def packing(name: str, bits: int | None, mode: str, dtype: Any) -> str:
     """What is wrong with the start and the switching off of one kind of packed weights."""
     model = build(name, bits, dtype, mode=mode)
-    before = logits(model)
+    try:
+        before = logits(model)
+    except RuntimeError as error:
+        return f"the base itself does not run: {error}"
     start(model, name)
     attached = logits(model)
     shake(model)
     return changed(attached, before) or changed(off(model), before)
 
 
+def shortened(name: str, bits: int | None, attached: set[str]) -> str:
+    """What is wrong when layers are asked for by the last part of their names."""
+    model = build(name, bits)
+    short = {n.rpartition(".")[2] for n in attached if not n.endswith(NARROW)}
+    attach(model, rank=4, keys=sorted(short))
+    missed = {n for n in attached if n.rpartition(".")[2] in short} ^ set(lora_layers(model))
+    return f"{len(missed)} layers too many or too few" if missed else ""
+
+
 def left_out(model: nn.Module) -> list[str]:
     """Classes of modules with a weight matrix, inside the blocks, that carry no adapter."""
-    adapted = {f"{n}.linear" for n in lora_layers(model)}
     found = {
         type(m).__name__
-        for block in model.layers
+        for block in blocks(model)
         for n, m in block.named_modules()
         if "weight" in m and m.weight.ndim > 1 and not n.endswith(".linear")
     }
-    return sorted(found)
+    return sorted(c for c in found if "Norm" not in c)
 
 
 def told(check: Callable[[], str]) -> str:
@@ -168,6 +183,7 @@ def examine(name: str, bits: int | None, folder: Path) -> dict[str, Any]:
         found["attaches"] = told(attaches)
     if any(found.values()):
         return {"name": name, "bits": bits, "problems": found, "layers": {}, "left_out": []}
+    found["short keys"] = told(lambda: shortened(name, bits, set(lora_layers(model))))
     found["harmless"] = told(lambda: changed(logits(model), before))
     found["gradients"] = told(lambda: unheard(model))
     shake(model)

@@ -14,6 +14,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_lora import cpu, models
+from mlx_lora.adapter.dora import to_dora
 from mlx_lora.adapter.inits import inits, is_harmless
 from mlx_lora.adapter.scene import Scene, numbered_rows, task_rows
 from mlx_lora.adapter.tensors import CONFIG, read
@@ -129,11 +130,13 @@ def start(scene: Scene, init: str, options: Mapping[str, Any]) -> dict[str, floa
 def to_lora_layers(
     model: nn.Module, num_layers: int, parameters: Mapping[str, Any], *, dora: bool = False
 ) -> None:
-    """mlx-lm's linear_to_lora_layers, its refusals as AdapterError."""
+    """mlx-lm's linear_to_lora_layers, with our DoRA, its refusals as AdapterError."""
     try:
-        linear_to_lora_layers(model, num_layers, dict(parameters), use_dora=dora)
+        linear_to_lora_layers(model, num_layers, dict(parameters))
     except ValueError as error:
         raise AdapterError(f"the layers cannot be adapted: {error}") from error
+    if dora:
+        to_dora(model)
 
 
 def refuse_rank(rank: int, sites: Sequence[Site], *, named: bool) -> None:

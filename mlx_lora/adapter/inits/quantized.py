@@ -34,8 +34,9 @@ def quant_repair(
 
     `exact` finds the update that leaves the least output error on calibration texts, `channels`
     weights the error's columns by the size of their input, `none` is the plain SVD of W - Q. A
-    layer is repaired only if its error on held-out texts falls, else it starts at `zero`. Source:
-    QERA, arXiv 2410.06040 (its exact and its approximate solution).
+    layer is repaired only if its error on held-out texts falls, else it starts at `zero`. At 2 bits
+    `exact` repairs the kind of text it saw and little else (figures/quant_repair.png): calibrate on
+    what you will read. Source: QERA, arXiv 2410.06040 (its exact and approximate solutions).
     """
     weight_of = weights_of(scene, full_precision, "quant_repair")
     heard = listen(scene, data, rows, "quant_repair")
@@ -49,7 +50,7 @@ def quant_repair(
         error_OI = w_OI - np.array(models.dense_weight(site.linear))
         rng = generator(scene.seed, site.name)
         start = repair(error_OI, site, rng, heard.seen[site.name], weighting)
-        plain = repair(error_OI, site, rng, heard.seen[site.name], "none")
+        plain = low_rank(error_OI, site, rng)
         held_NI = heard.held[site.name]
         y_NO = held_NI @ w_OI.T
         found = {
@@ -67,20 +68,23 @@ def quant_repair(
 
 
 def repair(
-    error_OI: np.ndarray, site: Site, rng: np.random.Generator, x_NI: np.ndarray, weighting: str
+    error_OI: np.ndarray,
+    site: Site,
+    rng: np.random.Generator,
+    x_NI: np.ndarray,
+    weighting: str,
 ) -> Factors:
     """Factors whose update takes the most of a weight error away, in the norm of the weighting."""
-    if weighting == "exact":  # the best rank-R product is the error seen in its top R outputs
-        u_OR, s_R, _ = randomized_svd(error_OI @ x_NI.T, site.rank, rng)
-        root_R = np.sqrt(s_R / (len(x_NI) ** 0.5 * site.scale))
-        root_R = np.maximum(root_R, 1e-12)
-        a_IR = (error_OI.T @ u_OR) / (root_R * site.scale)
-        return Factors(factor(a_IR), factor((u_OR * root_R).T))
+    if weighting == "none":
+        return low_rank(error_OI, site, rng)
     if weighting == "channels":
-        d_I = np.sqrt((x_NI.astype(np.float64) ** 2).mean(axis=0))
-        d_I = np.maximum(d_I, FLOOR * d_I.mean()).astype(np.float32)
-        return low_rank(error_OI, site, rng, weights_I=d_I)
-    return low_rank(error_OI, site, rng)
+        size_I = np.sqrt((x_NI.astype(np.float64) ** 2).mean(axis=0)).astype(np.float32)
+        return low_rank(error_OI, site, rng, weights_I=np.maximum(size_I, FLOOR * size_I.mean()))
+    # the best product of rank R is the error itself, seen in its R largest outputs
+    u_OR, s_R, _ = randomized_svd(error_OI @ x_NI.T / len(x_NI) ** 0.5, site.rank, rng)
+    root_R = np.maximum(np.sqrt(s_R / site.scale), 1e-12)
+    a_IR = (error_OI.T @ u_OR) / (root_R * site.scale)
+    return Factors(factor(a_IR), factor((u_OR * root_R).T))
 
 
 def error_left(
