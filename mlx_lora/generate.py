@@ -16,6 +16,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mlx_lora import cpu
 from mlx_lora.adapter.dora import frozen_norms
+from mlx_lora.errors import ModelError
 from mlx_lora.models import Loaded, encode_prompt, eos_ids, new_cache, plain_cache, split_head
 from mlx_lora.numerics import exp, log_softmax
 from mlx_lora.types import Rollout
@@ -88,8 +89,19 @@ def prefill(
     if plain:
         forked = [fork(layer, mx.array(rows)) for layer in layers]
     else:
-        forked = [type(c[0]).merge([c[i] for i in rows]) for c in layers]
+        forked = [merged([c[i] for i in rows]) for c in layers]
     return mx.concatenate(hidden)[mx.array(rows)], forked
+
+
+def merged(caches: Sequence[Any]) -> Any:
+    """One cache of several rows from single ones, by mlx-lm's own `merge`."""
+    kind = type(caches[0])
+    if not hasattr(kind, "merge"):
+        raise ModelError(
+            f"mlx-lm's {kind.__name__} holds one row: this model cannot decode a batch",
+            "It can be trained with method sft, and checked with one prompt.",
+        )
+    return kind.merge(caches)
 
 
 def fork(buckets: Sequence[Any], row_of_B: mx.array) -> KVCache | BatchKVCache:

@@ -264,7 +264,8 @@ def split_head(model: nn.Module) -> Split:
 def _try_split(model: nn.Module) -> Split | None:
     body = getattr(model, "model", None)
     embedding = getattr(body, "embed_tokens", None)
-    head = getattr(model, "lm_head", None) or getattr(embedding, "as_linear", None)
+    head = getattr(model, "lm_head", None)
+    head = head if callable(head) else getattr(embedding, "as_linear", None)
     if body is None or head is None:
         return None
     probe = mx.array([[1, 2, 3]])

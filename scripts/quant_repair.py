@@ -88,7 +88,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
                 points = [(r["rank"], r[key]) for r in mine if r["method"] == method]
                 axes.plot(*zip(*points, strict=True), marker="o", ms=4, label=method)
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
+            axes.set_ylim(bottom=0)
             axes.set_xticks(RANKS, RANKS)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)

@@ -40,7 +40,8 @@ PACKINGS = [("affine", b) for b in (None, 2, 3, 4, 5, 6, 8)]
 PACKINGS += [("mxfp4", 4), ("nvfp4", 4), ("mxfp8", 8)]
 DTYPES = ("float32", "float16", "bfloat16")
 PACKED = ("llama", "qwen3_moe")
-HEADINGS = ("In mlx-lm", "In mlx_lora", "Unexplained")
+HEADINGS: dict[str, zoo.Faults] = {"In mlx-lm": zoo.LIMITS}
+UNEXPLAINED = "Unexplained"
 Record = dict[str, Any]
 
 
@@ -173,29 +174,32 @@ def packing_table(found: Sequence[Record]) -> str:
 
 def limits(found: Sequence[Record]) -> str:
     """Each failure with its reason and in its own words: mlx-lm's, ours, unexplained ones."""
-    reasons: dict[str, list[str]] = {heading: [] for heading in HEADINGS}
+    names: dict[str, dict[str, list[str]]] = {h: {} for h in (*HEADINGS, UNEXPLAINED)}
     for record in found:
         wrong = {c: text for c, text in record["problems"].items() if text}
-        for faults, heading in zip((zoo.LIMITS, zoo.BUGS), HEADINGS, strict=False):
+        for heading, faults in HEADINGS.items():
             checks, why = faults.get(record["name"], ({}, ""))
             if mine := {c: wrong.pop(c) for c in checks if c in wrong}:
-                reasons[heading].append(reason(record["name"], why, mine))
+                names[heading].setdefault(reason(why, mine), []).append(record["name"])
         if wrong:
-            reasons[HEADINGS[-1]].append(reason(record["name"], "no reason found", wrong))
+            said = reason("no reason found", wrong)
+            names[UNEXPLAINED].setdefault(said, []).append(record["name"])
     lines = ["## What does not work, and why\n"]
-    for heading, said in reasons.items():
-        lines += [f"### {heading}\n", *said, ""] if said else []
+    for heading, reasons in names.items():
+        lines += [f"### {heading}\n"] if reasons else []
+        lines += [f"- **{', '.join(alike)}**: {said}" for said, alike in reasons.items()]
+        lines += [""] if reasons else []
     lines += [f"Not tried: {name}; {why}." for name, why in zoo.UNTRIED.items()]
     return "\n".join(lines) + "\n"
 
 
-def reason(name: str, why: str, wrong: Mapping[str, str]) -> str:
-    """One line; checks that fail alike share their words."""
+def reason(why: str, wrong: Mapping[str, str]) -> str:
+    """Why, and what was said; checks that fail alike share their words."""
     alike: dict[str, list[str]] = {}
     for check, text in wrong.items():
         alike.setdefault(text, []).append(COLUMNS.get(check, check))
     said = "; ".join(f"{', '.join(checks)}: `{text}`" for text, checks in alike.items())
-    return f"- **{name}**: {why}. {said}"
+    return f"{why}. {said}"
 
 
 def bare(found: Sequence[Record]) -> str:

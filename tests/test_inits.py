@@ -1,6 +1,8 @@
 """Every init against what it claims: harmless to the bit, or named for what it changes."""
 
 import json
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -510,3 +512,16 @@ def test_dora_starts_from_inits_too(init, tmp_path):
     assert np.array_equal(logits(loaded.model), logits(again))
     with switched_off(again):
         assert np.array_equal(before, logits(again))
+
+
+def test_what_inits_measure_is_documented(trained, full):
+    page = (Path(__file__).parents[1] / "docs/metrics.md").read_text(encoding="utf-8")
+    section = page.partition("### What inits measured")[2].partition("###")[0]
+    rows = re.findall(r"(?m)^\| `(\w+)` \| ([^|]+) \|", section)
+    documented = {(init, key) for key, owners in rows for init in re.findall(r"`(\w+)`", owners)}
+    found = set()
+    for init in set(inits) - {"antisymmetric"}:
+        settings = given(init, trained, full)
+        config = attach(tiny_loaded(bits=4), init=init, init_options=settings, rank=4, rows=ROWS)
+        found |= {(init, key) for key in config["init"].get("measured", {})}
+    assert found == documented

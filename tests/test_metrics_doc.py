@@ -34,7 +34,7 @@ eval: {n: 8}
 monitor: {every: 1}
 """
 WHOLE = {"reasons", "reasons_before", "reasons_after"}  # what is below them has no row
-WHOLE |= {"check", "environment"}
+WHOLE |= {"check", "environment", "init_measured"}
 WHOLE |= {f"structural.{scaled}per_layer_dominance" for scaled in ("", "scaled_")}
 NAMED = {"adapters": "MODULE", "versions": "PACKAGE"}  # keys below them are names of things
 Rows = dict[str, str]

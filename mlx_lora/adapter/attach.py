@@ -172,8 +172,8 @@ def linear_keys(model: nn.Module) -> list[str]:
     found: dict[str, None] = {}
     for block in blocks(model):
         for name, module in block.named_modules():
-            if isinstance(module, LINEARS):
-                found[name] = None
+            if isinstance(module, LINEARS) and not hasattr(module, "to_lora"):
+                found[name] = None  # with a LoRA of its own kind we could not switch it off
     return sorted(found)
 
 
@@ -181,11 +181,14 @@ def expand_keys(model: nn.Module, keys: Sequence[str] | None) -> list[str]:
     """Full names for short ones. AdapterError lists every key that matches nothing."""
     inside = linear_keys(model)
     if keys is None:
+        if not inside:
+            raise AdapterError("this model has no linear layer that LoRA could adapt")
         return inside
+    within = {id(module) for block in blocks(model) for module in block.modules()}
     outside = [
         n
         for n, m in model.named_modules()
-        if isinstance(m, (*LINEARS, *EMBEDDINGS)) and ".layers." not in f".{n}"
+        if isinstance(m, (*LINEARS, *EMBEDDINGS)) and id(m) not in within
     ]
     found: dict[str, None] = {}
     problems = []

@@ -64,6 +64,9 @@ def load(model: nn.Module, folder: Path) -> dict[str, Any]:
         for name, value in tree_flatten(model.parameters())
         if name.rpartition(".")[2] in FACTORS
     }
+    if config.pop("partial", False):  # PEFT may leave layers out
+        modules = {name.rpartition(".")[0] for name in tensors}
+        wanted = {k: v for k, v in wanted.items() if k.rpartition(".")[0] in modules}
     problems = mismatches({k: v.shape for k, v in tensors.items()}, wanted)
     if problems:
         raise AdapterError(

@@ -24,7 +24,14 @@ def folder_of(given: str) -> Path:
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """Config and tensors of an adapter folder, without a model. AdapterError when it is none."""
+    """Config and tensors of an adapter folder, without a model. AdapterError when it is none.
+
+    A folder that PEFT wrote is read as if mlx-lm had written it.
+    """
+    from mlx_lora.adapter import peft
+
+    if peft.is_peft(folder):
+        return peft.read_peft(folder)
     missing = [f for f in (CONFIG, WEIGHTS) if not (folder / f).is_file()]
     if missing:
         hint = "Give the folder that holds both files, for a run its `adapters` folder."

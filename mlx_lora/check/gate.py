@@ -57,6 +57,11 @@ class Report:
         status = (self.certificate or {}).get("status")
         return 1 if self.verdict == "fail" or status in ("refused", "invalid") else 0
 
+    @property
+    def init_measured(self) -> Mapping[str, float]:
+        """What the init found out on the way, when it was one that looks."""
+        return ((self.config or {}).get("init") or {}).get("measured") or {}
+
     def to_json(self) -> dict[str, Any]:
         m = asdict(self.measured)
         m["perplexity_ratio"] = ratio(
@@ -69,6 +74,7 @@ class Report:
                 "expect": self.expect,
                 **m,
                 "gates": [asdict(g) for g in self.gates],
+                "init_measured": self.init_measured,
                 "seconds": round(self.seconds, 3),
                 **({"certificate": self.certificate} if self.certificate else {}),
             }

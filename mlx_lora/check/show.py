@@ -29,6 +29,8 @@ def print_report(report: Report) -> None:
     console = Console(highlight=False)
     console.print(gate_table(report))
     console.print(sample_table(report))
+    if report.init_measured:
+        console.print(measured_table(report.init_measured))
     colour = COLOURS[report.verdict]
     body = "\n".join(report.reasons)
     title = f"[bold {colour}]{report.verdict}[/]  expected: {report.expect}, {report.seconds:.1f} s"
@@ -42,6 +44,13 @@ def gate_table(report: Report) -> Table:
     for gate in report.gates:
         mark = Text(gate.verdict, style=COLOURS[gate.verdict])
         table.add_row(mark, gate.name, Text(gate.sentence))
+    return table
+
+
+def measured_table(measured: Mapping[str, float]) -> Table:
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False, title="the init measured")
+    for name, value in measured.items():
+        table.add_row(name.replace("_", " "), f"{value:.4g}")
     return table
 
 
