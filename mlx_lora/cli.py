@@ -68,31 +68,39 @@ def check(
     rank: Annotated[int, typer.Option(help="Rank of a fresh adapter.")] = 8,
     scale: Annotated[float, typer.Option(help="Scale of a fresh adapter, alpha / rank.")] = 2.0,
     keys: Annotated[str | None, typer.Option(help="Layers, comma-separated.")] = None,
+    against: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
+    adapter2: Annotated[Path | None, typer.Option(help="The adapter of --against.")] = None,
     expect: Annotated[str | None, typer.Option(help="same, healthy or changed.")] = None,
+    limit: Annotated[list[str] | None, typer.Option(help="gate.threshold=number")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL or text file of probes.")] = None,
     bits: Annotated[int | None, typer.Option(help="Quantize an unquantized model.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Which block moves first.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write the check as a PNG.")] = None,
     certify: Annotated[bool, typer.Option("--certify", help="Write harmless.json.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check harmless.json again.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where --certify saves a fresh one.")] = None,
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Corruption check: base against attached model. Exit code 1 when it fails."""
-    from mlx_lora.check.run import check_named
+    """Corruption check: base against attached model, or any two. Exit code 1 when it fails."""
+    from mlx_lora.check.run import check_named, request
 
-    report = check_named(
+    asked = request(
         model,
         adapter=adapter,
         init=init,
         option=option or [],
         lora={"rank": rank, "scale": scale, "keys": layer_keys(keys)},
+        bits=bits,
+        limit=limit or [],
         expect=expect,
         prompts=prompts,
-        bits=bits,
         seed=seed,
-        certify=certify,
-        verify=verify,
-        out=out,
+        against=against,
+        adapter2=adapter2,
+    )
+    report = check_named(
+        asked, certify=certify, verify=verify, out=out, layers=layers, picture=plot
     )
     if as_json:
         print_json(report.to_json())

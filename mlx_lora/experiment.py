@@ -19,7 +19,7 @@ from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
 from mlx_lora.adapter.inits import label
 from mlx_lora.check import gate
-from mlx_lora.check.metrics import fingerprint
+from mlx_lora.check.gate import fingerprint
 from mlx_lora.check.probes import read
 from mlx_lora.config import Experiment, check_names, resolved
 from mlx_lora.config import load as load_config

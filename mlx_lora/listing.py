@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mlx_lora.adapter.inits import HARMLESS, REBASING, inits
 from mlx_lora.adapter.schedules import schedules
-from mlx_lora.check.gate import gates
+from mlx_lora.check.gates import gates
 from mlx_lora.errors import UnknownNameError, near
 from mlx_lora.registry import Table, first_line
 from mlx_lora.rl.advantages import advantages

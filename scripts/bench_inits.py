@@ -1,9 +1,10 @@
 """Does it matter how an adapter starts? Every init, tuned alike, trained by RL on the demo task.
 
-Each init gets its own learning rate, the best of one small grid on seed 0, continued downwards where
-the best is at its edge (otherwise the ranking would rank learning rates), then more seeds at it. Every run is kept in
-figures/inits_runs.jsonl as soon as it ends, and a run that is there is not repeated: the script can
-be stopped and started again. Writes figures/inits.json and .png, and the table in docs/inits.md.
+Each init gets its own learning rate, the best of one small grid on seed 0, continued downwards
+where the best is at its edge (otherwise the ranking would rank learning rates), then more seeds at
+that rate. Every run is kept in figures/inits_runs.jsonl as soon as it ends, and a run that is there
+is not repeated: the script can be stopped and started again. Writes figures/inits.json, .png and
+the table in docs/inits.md.
 
     OPENBLAS_NUM_THREADS=1 python scripts/bench_inits.py               # all of it, some 2 hours
     python scripts/bench_inits.py --only zero,gradient --part 0/2      # a share of it
@@ -21,7 +22,6 @@ from mlx_lora import config, models
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, calibration_rows
 from mlx_lora.check import gate
-from mlx_lora.check.metrics import fingerprint
 from mlx_lora.check.probes import read
 from mlx_lora.experiment import optimizer_of
 from mlx_lora.rl import grpo
@@ -127,7 +127,7 @@ def one(name: str, rate: float, seed: int, keep: Path | None = None) -> dict[str
     task = load_task("countdown", e.task.options)  # type: ignore[union-attr]
     loaded = models.load(e.model, quantize=e.quantize.model_dump())  # type: ignore[union-attr]
     probes = read(loaded)
-    prints = fingerprint(loaded, probes)
+    prints = gate.fingerprint(loaded, probes)
     attached = time.perf_counter()
     adapter = attach(
         loaded,

@@ -10,6 +10,7 @@ from mlx_lora import models
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, lora_layers
 from mlx_lora.check import gate, probes
+from mlx_lora.check.gates import gates
 from mlx_lora.check.metrics import Measured
 from mlx_lora.errors import ConfigError
 
@@ -89,6 +90,17 @@ GOOD = Measured(
     entropy_base=1.0,
     entropy_adapted=1.0,
     vocabulary=1024,
+    intervals={
+        "kl_mean": (0.0, 0.0),
+        "top1_agreement": (1.0, 1.0),
+        "perplexity_ratio": (1.0, 1.0),
+        "entropy_ratio": (1.0, 1.0),
+    },
+    mismatch_kl=0.0,
+    mismatch_max=0.0,
+    update_size=0.0,
+    update_largest="q_proj",
+    sensitive=True,
     sample_nll_base=1.0,
     sample_nll_adapted=1.0,
     distinct_base=0.9,
@@ -114,6 +126,19 @@ SPEAK = [  # gate, measured, expectation, verdict
     ("identity", GOOD, "changed", "fail"),
     ("identity", CHANGED, "same", "fail"),
     ("identity", CHANGED, "changed", "pass"),
+    ("divergence", replace(CHANGED, kl_p99=1.1), "same", "fail"),
+    ("sensitivity", GOOD, "same", "pass"),
+    ("sensitivity", replace(GOOD, sensitive=False), "same", "fail"),
+    ("size", replace(GOOD, update_size=0.1), "same", "pass"),
+    ("size", replace(GOOD, update_size=0.2), "same", "warn"),
+    ("size", replace(GOOD, update_size=1.1), "same", "fail"),
+    ("size", replace(GOOD, update_size=1.0), "healthy", "pass"),
+    ("size", replace(GOOD, update_size=3.0), "healthy", "warn"),
+    ("size", replace(GOOD, update_size=5.0), "healthy", "fail"),
+    ("sampler", replace(GOOD, mismatch_kl=1e-3), "same", "pass"),
+    ("sampler", replace(GOOD, mismatch_kl=0.01), "healthy", "warn"),
+    ("sampler", replace(GOOD, mismatch_kl=0.2), "healthy", "fail"),
+    ("writing", replace(CHANGED, ended_adapted=0.2), "healthy", "warn"),
     ("divergence", replace(CHANGED, kl_mean=1e-3), "same", "pass"),
     ("divergence", replace(CHANGED, kl_mean=1.1e-3), "same", "warn"),
     ("divergence", replace(CHANGED, kl_mean=0.11), "same", "fail"),
@@ -142,11 +167,11 @@ SPEAK = [  # gate, measured, expectation, verdict
 
 @pytest.mark.parametrize(("name", "measured", "expect", "verdict"), SPEAK)
 def test_every_gate_speaks_at_its_boundary(name, measured, expect, verdict):
-    assert gate.gates[name](measured, expect, "zero").verdict == verdict
+    assert gates[name](measured, expect, "zero").verdict == verdict
 
 
 def test_every_gate_is_tested_quiet_and_speaking():
-    for name in gate.gates:
+    for name in gates:
         said = {verdict for n, _, _, verdict in SPEAK if n == name}
         assert "pass" in said and len(said) > 1, name
 

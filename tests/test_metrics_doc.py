@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlx_lora import config, experiment
-from mlx_lora.check.gate import gates
+from mlx_lora.check.gates import gates
 from mlx_lora.doctor import examine
 from mlx_lora.plan import plan
 from mlx_lora.progress import console

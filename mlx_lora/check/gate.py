@@ -1,41 +1,28 @@
-"""The verdict: gates over what was measured. A gate is one function; the worst of them decides.
+"""The check: attach or compare, measure, let every gate speak. The worst of them decides."""
 
-Thresholds were chosen from measured behaviour, see docs/check.md.
-"""
-
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
-from mlx_lora.adapter.inits import HARMLESS, label
-from mlx_lora.check.metrics import Measured, fingerprint, measure
+from mlx_lora.adapter.inits import label
+from mlx_lora.check.gates import Gate, gates, ratio
+from mlx_lora.check.metrics import Measured, measure
 from mlx_lora.check.probes import Probes, read
+from mlx_lora.check.reading import Reading
+from mlx_lora.check.reading import fingerprint as fingerprint_of
+from mlx_lora.check.sides import Side, refuse_other_tokens
 from mlx_lora.errors import ConfigError, near
 from mlx_lora.models import Loaded
-from mlx_lora.registry import Table
 from mlx_lora.runlog import json_safe
 
 EXPECTATIONS = ("same", "healthy", "changed")
 SAMPLE_TOKENS = 20
 ORDER = ("pass", "warn", "fail")
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What one gate says. `sentence` has the numbers in it."""
-
-    name: str
-    verdict: str  # pass | warn | fail
-    value: float | None
-    sentence: str
-
-
-gates: Table[Callable[..., Gate | None]] = Table("gate")
+Limits = Mapping[str, Mapping[str, float]]  # gate -> its thresholds, where not the defaults
 
 
 @dataclass(frozen=True)
@@ -50,6 +37,8 @@ class Report:
     seconds: float
     config: Mapping[str, Any] | None = None  # the adapter's, as attach or files.load returned it
     certificate: Mapping[str, Any] | None = None  # what --certify or --verify came to
+    reading: Reading | None = None  # every token, for the picture
+    layers: Sequence[Mapping[str, Any]] = ()  # how far each block's output moved
 
     @property
     def exit_code(self) -> int:
@@ -76,6 +65,7 @@ class Report:
                 "gates": [asdict(g) for g in self.gates],
                 "init_measured": self.init_measured,
                 "seconds": round(self.seconds, 3),
+                **({"layers": self.layers} if self.layers else {}),
                 **({"certificate": self.certificate} if self.certificate else {}),
             }
         )
@@ -90,6 +80,7 @@ def check(
     lora: Mapping[str, Any] | None = None,
     expect: str | None = None,
     prompts: Path | None = None,
+    limits: Limits | None = None,
     seed: int = 0,
 ) -> Report:
     """Attach an adapter (from `adapter`, else a fresh one started by `init`) and judge it.
@@ -98,21 +89,45 @@ def check(
     healthy for an adapter from disk and same for a fresh one. The model keeps the adapter.
     """
     begin = time.perf_counter()
-    if expect is not None and expect not in EXPECTATIONS:
-        raise ConfigError(f"unknown expectation {expect!r}", near(expect, EXPECTATIONS))
+    refuse_expectation(expect)
+    check_limits(limits)
     probes = read(loaded, prompts)
     prints = fingerprint(loaded, probes)
     if adapter is not None:
         config = files.load(loaded.model, adapter)
-        report = judge(loaded, probes, prints, expect or "healthy", None, begin, seed)
-        return replace(report, config=config)
-    options = dict(init_options or {})
-    config = attaching.attach(
-        loaded, init=init, init_options=options, seed=seed, **dict(lora or {})
-    )
-    start = label(init, options)
-    report = judge(loaded, probes, prints, expect or "same", start, begin, seed)
+        expect, start = expect or "healthy", None
+    else:
+        options = dict(init_options or {})
+        config = attaching.attach(
+            loaded, init=init, init_options=options, seed=seed, **dict(lora or {})
+        )
+        expect, start = expect or "same", label(init, options)
+    report = judge(loaded, probes, prints, expect, start, begin, seed, limits=limits)
     return replace(report, config=config)
+
+
+def compare(
+    loaded: Loaded,
+    against: Loaded,
+    *,
+    expect: str | None = None,
+    prompts: Path | None = None,
+    limits: Limits | None = None,
+    seed: int = 0,
+) -> Report:
+    """Judge one model, with its adapter if it has one, against another. `same` unless told."""
+    begin = time.perf_counter()
+    refuse_expectation(expect)
+    check_limits(limits)
+    base, adapted = Side(against), Side(loaded)
+    refuse_other_tokens(base, adapted)
+    probes = read(against, prompts)
+    return judged(base, adapted, probes, None, expect or "same", None, begin, seed, limits=limits)
+
+
+def fingerprint(loaded: Loaded, probes: Probes) -> list[str]:
+    """Hashes of the logits of every text, as the model stands."""
+    return fingerprint_of(Side(loaded), probes)
 
 
 def judge(
@@ -123,155 +138,45 @@ def judge(
     init: str | None,
     begin: float,
     seed: int,
+    *,
+    limits: Limits | None = None,
 ) -> Report:
-    """Measure the attached model and let every gate speak."""
-    measured = measure(loaded, probes, prints, sample_tokens=SAMPLE_TOKENS, seed=seed)
-    spoken = [gates[name](measured, expect, init) for name in gates]
-    said = [g for g in spoken if g is not None]
+    """Measure the attached model against its base and let every gate speak."""
+    base, adapted = Side(loaded, off=True), Side(loaded)
+    return judged(base, adapted, probes, prints, expect, init, begin, seed, limits=limits)
+
+
+def judged(
+    base: Side,
+    adapted: Side,
+    probes: Probes,
+    prints: Sequence[str] | None,
+    expect: str,
+    init: str | None,
+    begin: float,
+    seed: int,
+    *,
+    limits: Limits | None = None,
+) -> Report:
+    measured, reading = measure(
+        base, adapted, probes, prints, sample_tokens=SAMPLE_TOKENS, seed=seed
+    )
+    bound = [gates.bind(name, (limits or {}).get(name, {})) for name in gates]
+    said = [g for gate in bound if (g := gate(measured, expect, init)) is not None]
     verdict = max((g.verdict for g in said), key=ORDER.index, default="pass")
     worst_first = sorted(said, key=lambda g: -ORDER.index(g.verdict))
-    reasons = [g.sentence for g in worst_first if g.verdict != "pass"]
+    reasons = [g.sentence for g in worst_first if g.verdict != "pass" or g.near]
     reasons = reasons or [g.sentence for g in said if g.name == "identity"]
-    return Report(verdict, reasons, said, measured, expect, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return Report(verdict, reasons, said, measured, expect, seconds, reading=reading)
 
 
-def ratio(a: float, b: float) -> float:
-    return a / b if b else float("inf")
+def refuse_expectation(expect: str | None) -> None:
+    if expect is not None and expect not in EXPECTATIONS:
+        raise ConfigError(f"unknown expectation {expect!r}", near(expect, EXPECTATIONS))
 
 
-def graded(value: float, warn: float, fail: float) -> str:
-    """Verdict of a number that should be small. NaN fails."""
-    return "pass" if value <= warn else "warn" if value <= fail else "fail"
-
-
-@gates.add
-def structure(m: Measured, expect: str, init: str | None) -> Gate:
-    """Factors are finite, dropout is off, and the adapter switched off is bitwise the base."""
-    if m.non_finite:
-        shown = ", ".join(m.non_finite[:3])
-        return Gate("structure", "fail", len(m.non_finite), f"NaN or Inf in the factors of {shown}")
-    if not m.off_restores_base:
-        text = "with the adapter switched off the logits are not the base's: no sound KL reference"
-        return Gate("structure", "fail", None, text)
-    if m.dropout > 0:
-        text = f"LoRA dropout is {m.dropout:g}; RL needs 0, or sampler and learner disagree"
-        return Gate("structure", "warn", m.dropout, text)
-    return Gate("structure", "pass", None, "factors are finite, the adapter switches off cleanly")
-
-
-@gates.add
-def identity(m: Measured, expect: str, init: str | None) -> Gate:
-    """Whether the outputs are the base's bit for bit, against what was expected."""
-    if m.bitwise_identical:
-        text = "logits are bitwise equal to the base's"
-        if expect == "same":
-            return Gate("identity", "pass", 0.0, text)
-        verdict = "fail" if expect == "changed" else "warn"
-        cause = "lora_b is zero: it is untrained" if m.b_norm == 0 else "its update has no effect"
-        return Gate("identity", verdict, 0.0, f"the adapter changes nothing: {text} ({cause})")
-    if expect == "same" and init in HARMLESS:
-        text = f"the init {init} claims bitwise equal logits, and they differ (KL {m.kl_mean:.2g})"
-        return Gate("identity", "fail", m.kl_mean, text)
-    if expect == "same" and init is not None:
-        text = (
-            f"the init {init} moves the model before training (KL {m.kl_mean:.2g} nats per token)"
-        )
-        return Gate("identity", "warn", m.kl_mean, text)
-    return Gate(
-        "identity", "pass", m.kl_mean, f"outputs differ from the base's, KL {m.kl_mean:.3g}"
-    )
-
-
-@gates.add
-def divergence(
-    m: Measured, expect: str, init: str | None, *, warn: float = 1e-3, fail: float = 0.1
-) -> Gate | None:
-    """Mean KL(base || adapted) per token; decides only where the outputs should be the same."""
-    if expect != "same":
-        return None
-    text = f"KL to base is {m.kl_mean:.3g} nats per token (p99 {m.kl_p99:.3g}); fine up to {warn:g}"
-    return Gate("divergence", graded(m.kl_mean, warn, fail), m.kl_mean, text)
-
-
-@gates.add
-def agreement(
-    m: Measured, expect: str, init: str | None, *, warn: float = 0.02, fail: float = 0.10
-) -> Gate | None:
-    """Share of tokens whose most likely successor changed."""
-    if expect != "same":
-        return None
-    lost = 1 - m.top1_agreement
-    text = f"the most likely next token agrees on {m.top1_agreement:.1%} of tokens"
-    return Gate("agreement", graded(lost, warn, fail), m.top1_agreement, text)
-
-
-@gates.add
-def reading(
-    m: Measured,
-    expect: str,
-    init: str | None,
-    *,
-    warn: float = 1.02,
-    fail: float = 1.10,
-    trained_warn: float = 2.0,
-    trained_fail: float = 10.0,
-) -> Gate:
-    """Perplexity on known-good text against the base's. A trained adapter is given more room."""
-    warn, fail = (warn, fail) if expect == "same" else (trained_warn, trained_fail)
-    change = ratio(m.perplexity_adapted, m.perplexity_base)
-    text = (
-        f"perplexity on known-good text went from {m.perplexity_base:.3g} to "
-        f"{m.perplexity_adapted:.3g} ({change:.3g} times)"
-    )
-    return Gate("reading", graded(change, warn, fail), change, text)
-
-
-@gates.add
-def uncertainty(
-    m: Measured,
-    expect: str,
-    init: str | None,
-    *,
-    low: float = 0.8,
-    high: float = 1.25,
-    trained_low: float = 0.25,
-    trained_high: float = 2.0,
-    noise: float = 0.8,
-) -> Gate:
-    """Entropy of the next-token distribution: near ln(vocabulary) is noise, near 0 is collapse."""
-    change = ratio(m.entropy_adapted, m.entropy_base)
-    text = f"entropy went from {m.entropy_base:.3g} to {m.entropy_adapted:.3g} nats"
-    if not m.entropy_adapted < noise * math.log(m.vocabulary):
-        return Gate("uncertainty", "fail", change, f"{text}, close to uniform noise")
-    low, high = (low, high) if expect == "same" else (trained_low, trained_high)
-    return Gate("uncertainty", "pass" if low <= change <= high else "warn", change, text)
-
-
-@gates.add
-def writing(
-    m: Measured,
-    expect: str,
-    init: str | None,
-    *,
-    warn: float = 0.5,
-    fail: float = 2.0,
-    empty: float = 0.5,
-    repetitive_warn: float = 0.5,
-    repetitive_fail: float = 0.25,
-) -> Gate:
-    """Samples under the same random numbers: does the base still understand what is written?"""
-    excess = m.sample_nll_adapted - m.sample_nll_base
-    text = (
-        f"the base finds the adapted model's samples {m.sample_nll_adapted:.2f} nats per token "
-        f"surprising, its own {m.sample_nll_base:.2f}"
-    )
-    verdict = graded(excess, warn, fail)
-    if m.empty_adapted > empty:
-        verdict, text = "fail", f"{m.empty_adapted:.0%} of the samples are empty"
-    elif m.distinct_adapted < repetitive_warn * m.distinct_base:
-        verdict = "fail" if m.distinct_adapted < repetitive_fail * m.distinct_base else "warn"
-        text = (
-            f"samples repeat themselves: {m.distinct_adapted:.0%} distinct bigrams, "
-            f"base {m.distinct_base:.0%}"
-        )
-    return Gate("writing", verdict, excess, text)
+def check_limits(limits: Limits | None) -> None:
+    """Raise for a gate or a threshold that does not exist."""
+    for name, given in (limits or {}).items():
+        gates.bind(name, given)

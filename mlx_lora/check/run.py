@@ -1,79 +1,165 @@
 """`mlx-lora check` from names: load, attach, judge."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_lora import models
 from mlx_lora.adapter import attach as attaching
-from mlx_lora.adapter.files import folder_of
+from mlx_lora.adapter import files
 from mlx_lora.check import certificate
-from mlx_lora.check.gate import Report, check
+from mlx_lora.check.gate import Limits, Report, check, check_limits, compare, refuse_expectation
+from mlx_lora.check.layers import drift
+from mlx_lora.check.probes import read
+from mlx_lora.check.sides import Side
 from mlx_lora.errors import ConfigError
 
 
-def check_named(
+@dataclass(frozen=True)
+class Request:
+    """What to check, once it is clear where everything comes from."""
+
+    model: str
+    adapter: Path | None = None
+    init: str = "zero"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    quantize: Mapping[str, Any] | None = None
+    expect: str | None = None
+    prompts: Path | None = None
+    limits: Limits = field(default_factory=dict)
+    seed: int = 0
+    against: str | None = None  # another model, to compare with ...
+    adapter2: Path | None = None  # ... and its adapter
+
+    def load(self, name: str, quantize: Mapping[str, Any] | None = None) -> models.Loaded:
+        return models.load(name, quantize=dict(quantize) if quantize else None)
+
+
+def request(
     name: str,
     *,
     adapter: Path | None,
     init: str,
     option: Sequence[str],
     lora: Mapping[str, Any],
-    expect: str | None,
-    prompts: Path | None,
     bits: int | None,
-    seed: int,
-    certify: bool = False,
-    verify: bool = False,
-    out: Path | None = None,
-) -> Report:
-    """Check a model, or everything an experiment file names. Names are judged before loading."""
-    quantize = {"bits": bits, "group_size": 64, "mode": "affine"} if bits else None
-    given = parse_options(option)
+    limit: Sequence[str] = (),
+    **rest: Any,
+) -> Request:
+    """The request behind a command line. ConfigError for options that exclude each other."""
+    found = Request(
+        name,
+        adapter,
+        init,
+        parse_options(option),
+        lora,
+        {"bits": bits, "group_size": 64, "mode": "affine"} if bits else None,
+        limits=parse_limits(limit),
+        **rest,
+    )
+    fresh = bool(found.options) or init != "zero" or lora.get("keys") is not None
     if name.endswith((".yaml", ".yml")):
-        if given or adapter or bits or init != "zero" or lora.get("keys") is not None:
+        if fresh or adapter or bits or found.against:
             raise ConfigError(
                 "with an experiment file everything comes from it",
-                f"Drop -o, --init, --keys, --adapter and --bits, or edit {name}.",
+                f"Drop -o, --init, --keys, --adapter, --against and --bits, or edit {name}.",
             )
-        from mlx_lora import config
+        return of_experiment(name, found)
+    if adapter and fresh:
+        raise ConfigError(
+            "an adapter from disk brings its own start, keys and rank",
+            "Drop --init, -o and --keys, or drop --adapter to check a fresh one.",
+        )
+    if found.against and fresh:
+        raise ConfigError(
+            "--against compares two models as they are, with --adapter and --adapter2 if given",
+            "Drop --init, -o and --keys.",
+        )
+    if found.adapter2 and not found.against:
+        raise ConfigError("--adapter2 belongs to the model of --against, which is not given")
+    return found
 
-        e = config.load(config.find(name), [])
-        name, init, given, seed = e.model, e.init.name, dict(e.init.options), e.seed
-        quantize = e.quantize.model_dump() if e.quantize else None
-        asked = e.lora_parameters
-        lora = {
+
+def of_experiment(name: str, given: Request) -> Request:
+    """The request that an experiment file makes."""
+    from mlx_lora import config
+
+    e = config.load(config.find(name), [])
+    asked = e.lora_parameters
+    return replace(
+        given,
+        model=e.model,
+        init=e.init.name,
+        options=dict(e.init.options),
+        seed=e.seed,
+        quantize=e.quantize.model_dump() if e.quantize else None,
+        adapter=files.folder_of(e.resume_adapter_file) if e.resume_adapter_file else None,
+        lora={
             "dora": e.fine_tune_type == "dora",
             "rows": attaching.calibration_rows(e),
             "rank": asked.rank,
             "scale": asked.effective_scale,
             "keys": asked.keys,
             "num_layers": e.num_layers,
-        }
-        if e.resume_adapter_file:
-            adapter = folder_of(e.resume_adapter_file)
-    elif adapter and (given or init != "zero" or lora.get("keys") is not None):
-        raise ConfigError(
-            "an adapter from disk brings its own start, keys and rank",
-            "Drop --init, -o and --keys, or drop --adapter to check a fresh one.",
-        )
-    if adapter is None:
-        attaching.foresee(init, given, lora.get("rows"))
-    expect = certificate.foresee(adapter, expect, certify=certify, verify=verify, out=out)
-    recorded = certificate.read(adapter) if adapter and verify else None
-    if recorded and quantize is None:
-        quantize = certificate.quantization(recorded)
-    loaded = models.load(name, quantize=quantize)
-    report = check(
-        loaded,
-        adapter=adapter,
-        init=init,
-        init_options=given,
-        lora=lora,
-        expect=expect,
-        prompts=prompts,
-        seed=seed,
+        },
     )
+
+
+def check_named(
+    asked: Request,
+    *,
+    certify: bool = False,
+    verify: bool = False,
+    out: Path | None = None,
+    layers: bool = False,
+    picture: Path | None = None,
+) -> Report:
+    """Run it. Whatever can be wrong about names is judged before a model is loaded."""
+    refuse_expectation(asked.expect)
+    check_limits(asked.limits)
+    if asked.adapter is None and asked.against is None:
+        attaching.foresee(asked.init, asked.options, asked.lora.get("rows"))
+    adapter = asked.adapter
+    expect = certificate.foresee(adapter, asked.expect, certify=certify, verify=verify, out=out)
+    recorded = certificate.read(adapter) if adapter and verify else None
+    quantize = asked.quantize or (certificate.quantization(recorded) if recorded else None)
+    loaded = asked.load(asked.model, quantize)
+    if asked.against is not None:
+        other = asked.load(asked.against)
+        for model, folder in ((loaded, adapter), (other, asked.adapter2)):
+            if folder:
+                files.load(model.model, folder)
+        base = Side(other)
+        report = compare(
+            loaded,
+            other,
+            expect=expect,
+            prompts=asked.prompts,
+            limits=asked.limits,
+            seed=asked.seed,
+        )
+    else:
+        base = Side(loaded, off=True)
+        report = check(
+            loaded,
+            adapter=adapter,
+            init=asked.init,
+            init_options=asked.options,
+            lora=asked.lora,
+            expect=expect,
+            prompts=asked.prompts,
+            limits=asked.limits,
+            seed=asked.seed,
+        )
+    if layers:
+        probes = read(base.loaded, asked.prompts)
+        report = replace(report, layers=drift(base, Side(loaded), probes))
+    if picture:
+        from mlx_lora.check.plots import plot
+
+        plot(report, picture)
     if certify:
         return certificate.certify(loaded, report, adapter, out)
     return certificate.verify(loaded, report, recorded, adapter) if recorded and adapter else report
@@ -86,3 +172,16 @@ def parse_options(option: Sequence[str]) -> dict[str, Any]:
     from mlx_lora import config
 
     return config.parse_options(list(option))
+
+
+def parse_limits(limit: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`gate.threshold=number` texts as a mapping by gate."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in parse_options(limit).items():
+        gate, dot, name = key.partition(".")
+        if not dot:
+            raise ConfigError(
+                f"--limit {key}: should be gate.threshold=number, like divergence.fail=0.2"
+            )
+        found.setdefault(gate, {})[name] = value
+    return found

@@ -29,6 +29,9 @@ def print_report(report: Report) -> None:
     console = Console(highlight=False)
     console.print(gate_table(report))
     console.print(sample_table(report))
+    if report.layers:
+        moved = [f"{layer['block']}: {layer['drift']:.3g}" for layer in report.layers]
+        console.print(f"how far each block's output moved   {'   '.join(moved)}", soft_wrap=True)
     if report.init_measured:
         console.print(measured_table(report.init_measured))
     colour = COLOURS[report.verdict]
