@@ -15,7 +15,7 @@ from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach
 from mlx_lora.check import certificate
 from mlx_lora.check.machine import openblas
-from mlx_lora.check.run import check_named
+from mlx_lora.check.run import check_named, request
 from mlx_lora.check.show import RESULTS, sentences
 from mlx_lora.errors import AdapterError, ConfigError, RunError
 from tests.test_metrics_doc import documented, emitted
@@ -26,6 +26,13 @@ DEFAULTS = {
     "adapter": None, "init": "zero", "option": [], "lora": {}, "expect": None, "prompts": None,
     "bits": None, "seed": 0,
 }  # fmt: skip
+
+
+def checked(model, **options):
+    """`check` with its command line's options."""
+    given = DEFAULTS | options
+    own = {k: given.pop(k) for k in ("certify", "verify", "out") if k in given}
+    return check_named(request(model, **given), **own)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def probes(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(probes):
     """`run(adapter=..., verify=True)`: the command on the embedded model, in this process."""
-    return lambda **options: check_named("demo", **{**DEFAULTS, "prompts": probes, **options})
+    return lambda **options: checked("demo", **{"prompts": probes, **options})
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +273,7 @@ BAD_OPTIONS = [
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
 def test_options_that_do_not_go_together_are_refused_before_loading(options, message):
     with pytest.raises(ConfigError, match=message):
-        check_named("no/such-model", **{**DEFAULTS, **options})
+        checked("no/such-model", **options)
 
 
 @pytest.mark.parametrize(
