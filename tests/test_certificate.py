@@ -294,7 +294,7 @@ def test_a_certificate_that_is_none_is_bad_input(certified, text, message):
     else:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(AdapterError, match=message):
-        check_named("no/such-model", **{**DEFAULTS, "adapter": certified, "verify": True})
+        checked("no/such-model", adapter=certified, verify=True)
 
 
 def test_a_folder_that_cannot_be_written_is_said_so(run, certified, monkeypatch):
