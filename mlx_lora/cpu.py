@@ -123,14 +123,18 @@ def accelerate(model: Any) -> int:
     layers = [m for _, m in model.named_modules() if type(m) in fast_classes()]
     packed = [m for m in layers if isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding))]
     dense_bytes = sum(4 * m.weight.size * 32 // m.bits for m in packed)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     floats = all(m.scales.dtype == mx.float32 for m in packed)
-    if dense_bytes > MEMORY_SHARE * memory or not floats:
+    if dense_bytes > MEMORY_SHARE * memory_bytes() or not floats:
         return 0
     for layer in layers:
         layer.__class__ = fast_classes()[type(layer)]
     gated = [m for _, m in model.named_modules() if "gate_proj" in m]
     return len(layers) + sum(hasten_mlp(m) for m in gated)
+
+
+def memory_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def fast_classes() -> dict[type, type]:

@@ -89,8 +89,12 @@ def print_doctor(findings: Mapping[str, Any]) -> None:
         table.add_row(key, str(value))
     console.print(table)
     for test in findings["tests"]:
-        mark = "[green]ok[/]  " if test["ok"] else "[red]BAD[/] "
+        mark = "[green]PASS[/] " if test["ok"] else "[red]FAIL[/] "
         console.print(f"  {mark}{test['name']}: {test['detail']}")
+        if test["action"]:
+            console.print(f"       {test['action']}")
+    for sentence in findings["advice"]:
+        console.print(f"  [yellow]Note:[/] {sentence}")
 
 
 def print_plan(found: Mapping[str, Any]) -> None:

@@ -81,6 +81,7 @@ def test_nan_and_a_wrong_scale_fail_and_a_small_adapter_is_healthy(tmp_path):
 
 GOOD = Measured(
     bitwise_identical=True,
+    same_prompts=True,
     off_restores_base=True,
     kl_mean=0.0,
     kl_p99=0.0,
@@ -121,6 +122,7 @@ SPEAK = [  # gate, measured, expectation, verdict
     ("structure", replace(GOOD, non_finite=["q"]), "same", "fail"),
     ("structure", replace(GOOD, off_restores_base=False), "same", "fail"),
     ("structure", replace(GOOD, dropout=0.1), "same", "warn"),
+    ("structure", replace(GOOD, same_prompts=False), "same", "fail"),
     ("identity", GOOD, "same", "pass"),
     ("identity", GOOD, "healthy", "warn"),
     ("identity", GOOD, "changed", "fail"),

@@ -55,6 +55,9 @@ def structure(m: Measured, expect: str, init: str | None) -> Gate:
     if m.non_finite:
         shown = ", ".join(m.non_finite[:3])
         return Gate("structure", "fail", len(m.non_finite), f"NaN or Inf in the factors of {shown}")
+    if not m.same_prompts:
+        text = "the chat templates differ: the same prompt reaches the two models as other tokens"
+        return Gate("structure", "fail", None, text)
     if not m.off_restores_base:
         text = "with the adapter switched off the logits are not the base's: no sound KL reference"
         return Gate("structure", "fail", None, text)

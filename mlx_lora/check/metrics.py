@@ -13,7 +13,7 @@ from mlx_lora.adapter.attach import lora_layers
 from mlx_lora.check.adapters import dropout_of, largest_update, moves_outputs
 from mlx_lora.check.probes import Probes
 from mlx_lora.check.reading import Reading, intervals, read_both
-from mlx_lora.check.sides import Side
+from mlx_lora.check.sides import Side, same_prompts
 from mlx_lora.check.writing import SamplePair, write_both
 from mlx_lora.models import vocabulary_size
 
@@ -23,6 +23,7 @@ class Measured:
     """One side against the other. Means are over scored tokens of the known-good texts."""
 
     bitwise_identical: bool  # logits of both sides, on every text
+    same_prompts: bool  # both sides get a prompt as the same tokens, chat template included
     off_restores_base: bool  # the adapter switched off gives the base's logits, bitwise
     kl_mean: float  # KL(base || adapted) per token, nats, over the whole vocabulary
     kl_p99: float
@@ -72,6 +73,7 @@ def measure(
     measured = Measured(
         bitwise_identical=reading.base_prints == reading.adapted_prints
         and base_prints in (None, reading.adapted_prints),
+        same_prompts=same_prompts(base, adapted),
         off_restores_base=base_prints in (None, reading.base_prints),
         kl_mean=float(kl.mean()),
         kl_p99=float(np.quantile(kl, 0.99)),

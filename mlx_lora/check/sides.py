@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlx_lora.adapter.attach import switched_off
 from mlx_lora.errors import ConfigError
-from mlx_lora.models import Loaded, new_cache, split_head, vocabulary_size
+from mlx_lora.models import Loaded, encode_prompt, new_cache, split_head, vocabulary_size
 
 CHUNK = 256  # positions of a long text that run at a time
 
@@ -49,6 +49,14 @@ def refuse_other_tokens(a: Side, b: Side) -> None:
             + ", ".join(problems),
             "Compare a model with its own fused, quantized or fine-tuned versions.",
         )
+
+
+def same_prompts(a: Side, b: Side) -> bool:
+    """True where a prompt reaches both sides as the same tokens, chat template included."""
+    if a.loaded is b.loaded:
+        return True
+    prompt = "What is 7 * 6 ?"
+    return encode_prompt(a.loaded.tokenizer, prompt) == encode_prompt(b.loaded.tokenizer, prompt)
 
 
 class Reader:
