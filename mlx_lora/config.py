@@ -1,7 +1,8 @@
 """YAML -> Experiment. Finds files, merges `-o` options, and lists every problem with its place.
 
-`schema.py` holds the keys, `conflicts.py` what does not go together, `yamlfile.py` the YAML. None
-loads MLX: names that live in tables are looked up by `check_names`, once a command needs them.
+`schema.py` and `blocks.py` hold the keys, `conflicts.py` what does not go together, `yamlfile.py`
+the YAML. None loads MLX: names that live in tables are looked up by `check_names`, once a command
+needs them.
 """
 
 import functools
@@ -14,10 +15,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from mlx_lora import schema, yamlfile
+from mlx_lora import yamlfile
+from mlx_lora.blocks import INSTEAD, Block, rslora_spelled_out
 from mlx_lora.conflicts import conflicts, given, notices
 from mlx_lora.errors import ConfigError, UserError, near
-from mlx_lora.schema import INSTEAD, Experiment, Stage
+from mlx_lora.schema import Experiment, Stage
 from mlx_lora.yamlfile import KeyPath, Mark
 
 __all__ = [  # what the rest of the package uses
@@ -96,12 +98,13 @@ def shipped() -> dict[str, Path]:
 def from_text(text: str, name: str = "config", overrides: Sequence[str] = ()) -> Experiment:
     """The experiment that YAML text describes; every problem of file and options in one error."""
     document = yamlfile.parse(text, name)
-    raw, marks, problems = document.value, document.marks, list(document.problems)
+    raw, marks = spelled_out(document.value), document.marks
+    problems = list(document.problems)
     if not isinstance(raw, dict):
         what = "nothing" if raw is None else f"a {'list' if isinstance(raw, list) else 'value'}"
         raise ConfigError(f"{name}: needs `key: value` lines, found {what}", "Start: model: demo")
     for key, value in parse_options(overrides).items():
-        raw = merge(raw, nest(key, value))
+        raw = merge(raw, spelled_out(nest(key, value)))
         path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
         marks = {p: mark for p, mark in marks.items() if p[: len(path)] != path}
         mark = Mark(2**31, len(marks), f"-o {key}")  # after every line of the file
@@ -122,10 +125,13 @@ def from_text(text: str, name: str = "config", overrides: Sequence[str] = ()) ->
 
 
 def validate(raw: dict[str, Any]) -> tuple[Experiment | None, list[tuple[KeyPath, str]]]:
-    """The experiment, and (path, problem) of all that is wrong."""
-    loops = [((), raw)]
-    if isinstance(raw.get("stages"), list):
-        loops += [(("stages", i), s) for i, s in enumerate(raw["stages"]) if isinstance(s, dict)]
+    """The experiment, and (path, problem) of all that is wrong.
+
+    Where there are stages, they are what runs: the rest of the file is looked at as a part of them.
+    """
+    stages = raw.get("stages") if isinstance(raw.get("stages"), list) else ()
+    loops = [(("stages", i), s) for i, s in enumerate(stages or ()) if isinstance(s, dict)]
+    loops = loops or [((), raw)]
     found = [((*at, *path), what) for at, loop in loops for path, what in conflicts(loop)]
     try:
         return Experiment.model_validate(raw), found
@@ -174,8 +180,8 @@ def known_keys() -> tuple[tuple[str, ...], ...]:
     return tuple(walk(Experiment, ()))
 
 
-def blocks_in(annotation: Any) -> list[type[schema.Block]]:
-    if inspect.isclass(annotation) and issubclass(annotation, schema.Block):
+def blocks_in(annotation: Any) -> list[type[Block]]:
+    if inspect.isclass(annotation) and issubclass(annotation, Block):
         return [annotation]
     return [block for part in get_args(annotation) for block in blocks_in(part)]
 
@@ -226,6 +232,18 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
     if problems:
         raise ConfigError(printable("\n".join(problems)))
     return found
+
+
+def spelled_out(tree: Any) -> Any:
+    """The tree with every `scale: rslora` written in full, so that merging knows what it is."""
+    if isinstance(tree, list):
+        return [spelled_out(branch) for branch in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        key: rslora_spelled_out(value) if key == "lora_parameters" else spelled_out(value)
+        for key, value in tree.items()
+    }
 
 
 def nest(key: str, value: Any) -> dict[str, Any]:
@@ -307,6 +325,6 @@ def check_optimizer(loop: Stage) -> None:
         raise ConfigError("\n".join(lines))
 
 
-def resolved(experiment: Experiment) -> dict[str, Any]:
+def resolved(experiment: Stage) -> dict[str, Any]:
     """Every key with its value, as plain data: written as YAML it loads as an equal experiment."""
     return experiment.model_dump(mode="json")

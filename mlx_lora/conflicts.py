@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlx_lora.schema import INSTEAD, QUANTIZATION, Experiment
+from mlx_lora.blocks import INSTEAD, QUANTIZATION, rslora_spelled_out
+from mlx_lora.schema import RL, Experiment, Stage
 from mlx_lora.yamlfile import KeyPath
 
 ABOUT = {
@@ -22,6 +23,7 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     blocks: dict[str, dict[str, Any]] = {
         name: given(raw.get(name)) for name in ("lora_parameters", "rollout", "quantize", "es")
     }
+    blocks["lora_parameters"] = rslora_spelled_out(blocks["lora_parameters"])
     for path, block in [((), top), *(((name,), block) for name, block in blocks.items())]:
         for new, old in INSTEAD.items():
             if new in block and old in block:
@@ -29,13 +31,15 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     lora, method = blocks["lora_parameters"], top.get("method", "sft")
     if lora.get("rslora") is True and "alpha" not in lora:
         yield ("lora_parameters", "rslora"), "divides alpha, not scale, by sqrt(rank): give alpha"
-    if method in ("grpo", "es"):
+    if method in RL:
         yield from rl_conflicts(method, top, blocks)
+    if "rejection_sampling" in top:
+        yield from sampling_conflicts(method, top)
     if top.get("train") is False and top.get("test") is not True:
         yield ("train",), "train and test are both false: nothing to do"
     if top.get("fine_tune_type") == "full":
         unfit = [k for k in ("scale_schedule", "quantize") if k in top]
-        unfit += ["method"] if method in ("grpo", "es") else []
+        unfit += ["method"] if method in RL else []
         unfit += ["init"] if top.get("init", "zero") != "zero" else []
         for key in unfit:
             yield (key,), "does not go with fine_tune_type: full, which trains no adapter"
@@ -55,6 +59,17 @@ def rl_conflicts(
     paired = blocks["es"].get("antithetic") is not False
     if method == "es" and paired and isinstance(population, int) and population % 2:
         yield ("es", "population"), "should be even: members come in pairs (or antithetic: false)"
+
+
+def sampling_conflicts(method: str, top: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    path = ("rejection_sampling",)
+    if method != "sft":
+        yield path, f"makes the data of method sft; {method} samples by itself"
+    if "task" not in top:
+        yield path, "needs a task, like `task: countdown` (`mlx-lora ls tasks`)"
+    for key in ("data", "hf_dataset"):
+        if top.get(key) and top[key] != Stage.model_fields[key].default:
+            yield (key,), "stands in place of rejection_sampling: give one of them"
 
 
 def quantize_conflicts(quantize: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
@@ -78,6 +93,10 @@ def notices(experiment: Experiment) -> list[str]:
     found = []
     for loop in experiment.loops:
         dropout, schedule = loop.lora_parameters.dropout, loop.lr_schedule
+        if loop.scale_schedule and loop.scale_schedule.options.get("start") == 0:
+            found.append(
+                "scale_schedule starts at 0: no gradient reaches the adapter until the scale rises"
+            )
         if dropout != loop.dropout:
             found.append(
                 f"LoRA dropout {dropout:g} is set to 0: {loop.method} learns from its own rollouts"

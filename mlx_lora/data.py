@@ -89,6 +89,61 @@ def read(loaded: Loaded, rows: Sequence[tuple[int, Row]], source: str) -> list[T
     return texts
 
 
+def files_of(data: str) -> dict[str, Path]:
+    """The `train` and perhaps `valid` file of a training set: a file, or a folder with both.
+
+    ConfigError for what is not on this machine.
+    """
+    path = Path(data).expanduser()
+    if path.is_dir():
+        found = {n: path / f"{n}.jsonl" for n in ("train", "valid")}
+        found = {n: file for n, file in found.items() if file.is_file()}
+        if "train" not in found:
+            raise ConfigError(f"data: {data} holds no train.jsonl")
+        return found
+    if path.is_file():
+        return {"train": path}
+    raise ConfigError(
+        f"data: there is no file or folder {data}",
+        "Give a .jsonl file or a folder with train.jsonl; hub datasets are not fetched yet.",
+    )
+
+
+def training_texts(
+    loaded: Loaded,
+    rows: Sequence[tuple[int, Row]],
+    source: str,
+    *,
+    limit: int,
+    mask_prompt: bool,
+) -> tuple[list[Text], int]:
+    """Rows closed by EOS as mlx-lm closes them, cut at `limit` tokens, and how many were cut.
+
+    Without `mask_prompt` every token counts but the first. ConfigError lists the rows that hold
+    nothing to learn.
+    """
+    limit = min(limit, context_of(loaded) or limit)
+    eos = eos_ids(loaded.tokenizer)
+    texts, problems, cut = [], [], 0
+    for number, row in rows:
+        text = encode(row, loaded.tokenizer)
+        if text is None:
+            problems.append(f'{source}:{number}: needs "text", or "prompt" and "completion"')
+            continue
+        if mask_prompt and "text" in row:
+            problems.append(f"{source}:{number}: mask_prompt needs a prompt, not a text")
+            continue
+        ids = text.ids if text.ids[-1] in eos else (*text.ids, min(eos))
+        start = text.start if mask_prompt else 1
+        cut += len(ids) > limit
+        texts.append(Text(ids[:limit], start))
+        if start >= limit:
+            problems.append(f"{source}:{number}: its prompt alone fills {limit} tokens")
+    if problems or not texts:
+        raise ConfigError("\n".join(problems) or f"{source} is empty: there is no text in it")
+    return texts, cut
+
+
 def draw(items: Sequence[Item], step: int, count: int, seed: int) -> list[Item]:
     """The items of one step: a function of (seed, step), every item once per epoch."""
     found = []

@@ -1,6 +1,7 @@
 """Load, quantize, tokenize, run: the one file that names mlx-lm's loading functions."""
 
 import contextlib
+import copy
 import io
 import json
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lora import cpu
@@ -234,7 +236,48 @@ def identity(loaded: Loaded) -> dict[str, Any]:
         }
         if quantization
         else None,
+        "sketch": sketch(loaded.model),
     }
+
+
+def sketch(model: nn.Module) -> list[float]:
+    """Some numbers by which a base is known again at any quantization, without an adapter on it.
+
+    Of a few layers, a few random signed sums over some rows, in units of what chance gives.
+    """
+    names = {name.removesuffix(".linear"): m for name, m in model.named_modules() if is_matrix(m)}
+    chosen = [sorted(names)[i * len(names) // SKETCHED] for i in range(SKETCHED)] if names else []
+    found: list[float] = []
+    for index, name in enumerate(chosen):
+        w = np.array(dense_weight(head_of(names[name], SKETCH_ROWS)), np.float64)
+        signs = np.random.default_rng(index).choice([-1.0, 1.0], (SKETCH_SUMS, *w.shape))
+        sums = (signs * w).sum(axis=(1, 2)) / max(float(np.linalg.norm(w)), 1e-30)
+        found += [round(float(x), 4) for x in sums]
+    return found
+
+
+SKETCHED, SKETCH_ROWS, SKETCH_SUMS = 8, 16, 4
+SAME_BASE = 0.7  # correlation of two sketches: above 0.95 across bits, about 0 for another model
+
+
+def is_matrix(module: Any) -> bool:
+    return isinstance(module, nn.Linear | nn.QuantizedLinear)
+
+
+def head_of(layer: Any, rows: int) -> Any:
+    """The first rows of a frozen layer, as something `dense_weight` reads."""
+    part = copy.copy(layer)
+    for key in ("weight", "scales", "biases"):
+        if key in layer and layer.get(key) is not None:
+            part[key] = layer[key][:rows]
+    return part
+
+
+def same_base(recorded: Sequence[float], found: Sequence[float]) -> bool:
+    """Whether two sketches are of one base, at whatever quantization."""
+    if len(recorded) != len(found) or not found:
+        return False
+    return float(np.corrcoef(recorded, found)[0, 1]) > SAME_BASE
 
 
 def read_json(path: Path) -> Any:
@@ -264,7 +307,7 @@ def split_head(model: nn.Module) -> Split:
 def _try_split(model: nn.Module) -> Split | None:
     body = getattr(model, "model", None)
     embedding = getattr(body, "embed_tokens", None)
-    head = getattr(model, "lm_head", None)
+    head: Any = getattr(model, "lm_head", None)
     head = head if callable(head) else getattr(embedding, "as_linear", None)
     if body is None or head is None:
         return None

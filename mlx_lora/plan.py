@@ -1,63 +1,135 @@
-"""`train --dry-run`: everything validated, one step tried, and what a run will cost."""
+"""`train --dry-run`: everything validated, a step of each stage tried, and what a run will cost."""
 
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 from rich.console import Console
 
-from mlx_lora import models
-from mlx_lora.config import Experiment
-from mlx_lora.experiment import attach, validated
+from mlx_lora import sft
+from mlx_lora.config import Experiment, Stage
+from mlx_lora.data import files_of, rows_of, training_texts
+from mlx_lora.experiment import task_name, validated
+from mlx_lora.models import Loaded
+from mlx_lora.optimizers import optimizer_of
+from mlx_lora.prepare import attach, load
 from mlx_lora.rl.grpo import loss_options, problems
 from mlx_lora.rl.learner import gradients, pack, trainable_count
 from mlx_lora.rl.losses import losses
+from mlx_lora.rl.rejection import ROWS
 from mlx_lora.rl.rollout import rollout
+from mlx_lora.runlog import Clock
+from mlx_lora.stages import lasting
+from mlx_lora.types import Group, Sample, Task
+
+Result = TypeVar("Result")
 
 
-def plan(e: Experiment, console: Console) -> dict[str, Any]:
-    """Counts from the config, time and memory from one rollout and one gradient. Writes nothing."""
-    task = validated(e, console)
-    loaded = models.load(e.model, quantize=e.quantize.model_dump() if e.quantize else None)
-    attach(loaded, e)
-    samples = problems(task, e.batch_size, e.seed)
+def plan(experiment: Experiment, console: Console) -> dict[str, Any]:
+    """Counts from the config, time and memory from one step tried. Writes nothing."""
+    tasks = validated(experiment, console)
+    loaded = load(experiment.first)
+    attach(loaded, experiment)
+    about = {
+        "model": experiment.first.model,
+        "task": task_name(experiment),
+        "trainable_parameters": trainable_count(loaded.model),
+    }
+    costs = [cost(loaded, e, task) for e, task in zip(experiment.loops, tasks, strict=True)]
+    if not experiment.stages:
+        return about | costs[0]
+    stages = [{"method": e.method} | c for e, c in zip(experiment.loops, costs, strict=True)]
+    return about | {"minutes": round(sum(c["minutes"] for c in costs), 1), "stages": stages}
+
+
+def cost(loaded: Loaded, e: Stage, task: Task | None) -> dict[str, Any]:
     mx.reset_peak_memory()
-    begin = time.perf_counter()
-    groups = rollout(
-        loaded,
-        task,
-        samples,
-        group=e.grpo.group_size,
-        seed=e.seed,
-        step=0,
-        **e.rollout.model_dump(),
-    )
-    sampled = time.perf_counter()
+    if e.method == "sft":
+        found = cost_of_sft(loaded, e, task)
+    else:
+        assert task is not None, "the config requires a task for RL"
+        found = cost_of_grpo(loaded, e, task)
+    return found | {"peak_memory_mb": round(mx.get_peak_memory() / 1e6)}
+
+
+def cost_of_grpo(loaded: Loaded, e: Stage, task: Task) -> dict[str, Any]:
+    """One rollout of a step's prompts, and its gradient."""
+    samples = problems(task, e.batch_size, e.seed)
+    groups, sampled = sampling(loaded, task, samples, e, e.grpo.group_size, e.rollout.temperature)
     rows = [r for g in groups for r in g.rollouts]
     packed = pack(rows, np.ones(len(rows)))
-    found = gradients(
-        loaded.model,
-        packed,
-        losses.bind(e.grpo.loss, loss_options(e)),
-        temperature=e.rollout.temperature or 1.0,
-        beta=e.grpo.beta,
-        measure_kl=False,
+    _, learnt = timed(
+        lambda: gradients(
+            loaded.model,
+            packed,
+            losses.bind(e.grpo.loss, loss_options(e)),
+            temperature=e.rollout.temperature or 1.0,
+            beta=e.grpo.beta,
+            measure_kl=False,
+        )
     )
-    mx.eval(found)
-    learnt = time.perf_counter()
     tokens = sum(len(r.ids) for r in rows)
     return {
-        "model": e.model,
-        "task": e.task.name if e.task else None,
-        "trainable_parameters": trainable_count(loaded.model),
         "steps": e.iters,
         "rollouts_per_step": len(rows),
         "rollouts": len(rows) * e.iters,
         "tokens_per_step": tokens,
         "tokens": tokens * e.iters,
-        "seconds_rollout": round(sampled - begin, 2),
-        "seconds_learning": round(learnt - sampled, 2),
-        "minutes": round((learnt - begin) * e.iters / 60, 1),
-        "peak_memory_mb": round(mx.get_peak_memory() / 1e6),
+        "seconds_rollout": round(sampled, 2),
+        "seconds_learning": round(learnt, 2),
+        "minutes": round((sampled + learnt) * e.iters / 60, 1),
     }
+
+
+def cost_of_sft(loaded: Loaded, e: Stage, task: Task | None) -> dict[str, Any]:
+    """One step on a batch; before it one block of rejection samples, where there are any."""
+    if e.rejection_sampling:
+        assert task is not None, "the config requires a task for rejection sampling"
+        asked = e.rejection_sampling
+        block = task.load("train", min(asked.problems, max(1, ROWS // asked.samples)), e.seed)
+        _, sampled = sampling(loaded, task, block, e, asked.samples, asked.temperature)
+        sampled *= asked.problems / len(block)
+        rows, source = [(0, {"prompt": s.prompt, "completion": s.gold}) for s in block], "the task"
+        found = {"rollouts": asked.problems * asked.samples, "seconds_sampling": round(sampled, 1)}
+        count = asked.problems * asked.keep  # at most
+    else:
+        sampled, path = 0.0, files_of(e.data)["train"]
+        rows, source, found = rows_of(path), str(path), {}
+        count = len(rows)
+    mask_prompt = e.mask_prompt or e.rejection_sampling is not None
+    texts, _ = training_texts(loaded, rows, source, limit=e.max_seq_length, mask_prompt=mask_prompt)
+    steps = lasting(e, count).iters
+    two = e.model_copy(update={"iters": 2, "epochs": None})  # the first one may compile
+    loop = sft.train(loaded, texts, two, optimizer_of(two), Clock(), lambda step, metrics: None)
+    next(loop)
+    _, learnt = timed(lambda: next(loop))
+    tokens = round(sum(len(t.ids) - t.start for t in texts) / len(texts) * e.batch_size)
+    return {
+        "steps": steps,
+        "texts": count,
+        "tokens_per_step": tokens,
+        "tokens": tokens * steps,
+        **found,
+        "seconds_learning": round(learnt, 2),
+        "minutes": round((sampled + learnt * steps) / 60, 1),
+    }
+
+
+def sampling(
+    loaded: Loaded, task: Task, samples: Sequence[Sample], e: Stage, group: int, temperature: float
+) -> tuple[list[Group], float]:
+    """Rollouts of these samples, and the seconds they took."""
+    options: dict[str, Any] = {**e.rollout.model_dump(), "temperature": temperature}
+    return timed(
+        lambda: rollout(loaded, task, samples, group=group, seed=e.seed, step=0, **options)
+    )
+
+
+def timed(work: Callable[[], Result]) -> tuple[Result, float]:
+    """What `work` returns, and the seconds it took."""
+    begin = time.perf_counter()
+    found = work()
+    mx.eval(found)
+    return found, time.perf_counter() - begin

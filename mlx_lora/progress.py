@@ -11,9 +11,10 @@ FORMATS = {
     "accuracy": "{:.0%}",
     "kl": "{:.3f}",
     "entropy": "{:.2f}",
+    "loss": "{:.3f}",
+    "valid_loss": "{:.3f}",
     "tokens_per_second": "{:,.0f} tok/s",
 }
-PLAIN_EVERY = 10  # steps between lines when stderr is no terminal
 
 
 def console(*, quiet: bool = False) -> Console:
@@ -24,19 +25,20 @@ def console(*, quiet: bool = False) -> Console:
 class Watcher:
     """Shows the steps of one loop. `update` takes the step's metrics."""
 
-    def __init__(self, console: Console, progress: Progress | None, total: int) -> None:
-        self.console, self.progress, self.total = console, progress, total
+    def __init__(self, console: Console, progress: Progress | None, total: int, every: int) -> None:
+        self.console, self.progress, self.total, self.every = console, progress, total, every
         self.bar = progress.add_task("", total=total, line="") if progress else None
         self.last: dict[str, float] = {}
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         if "loss" not in metrics:  # nothing learnt: what was measured earlier holds no more
             self.last = {}
-        self.last |= {k: metrics[k] for k in FORMATS if k in metrics}
+        hidden = "loss" if "reward" in metrics else ""  # near 0 on-policy: it says little
+        self.last |= {k: metrics[k] for k in FORMATS if k in metrics and k != hidden}
         text = live_line(self.last)
         if self.progress is not None and self.bar is not None:
             self.progress.update(self.bar, completed=step + 1, line=text)
-        elif step % PLAIN_EVERY == PLAIN_EVERY - 1 or step + 1 == self.total:
+        elif (step + 1) % self.every == 0 or step + 1 == self.total:
             self.console.print(f"  step {step + 1}/{self.total}  {text}")
 
 
@@ -50,11 +52,11 @@ def live_line(metrics: Mapping[str, float]) -> str:
 
 
 @contextlib.contextmanager
-def watch(console: Console, title: str, total: int) -> Iterator[Watcher]:
-    """A progress bar with a live line, or a line every few steps without a terminal."""
+def watch(console: Console, title: str, total: int, every: int = 10) -> Iterator[Watcher]:
+    """A progress bar with a live line; without a terminal, a line `every` few steps."""
     if not console.is_terminal:
         console.print(title)
-        yield Watcher(console, None, total)
+        yield Watcher(console, None, total, every)
         return
     columns = (
         TextColumn(title),
@@ -64,4 +66,4 @@ def watch(console: Console, title: str, total: int) -> Iterator[Watcher]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        yield Watcher(console, progress, total)
+        yield Watcher(console, progress, total, every)

@@ -20,15 +20,10 @@ def interval(result: Mapping[str, Any], key: str) -> str:
 def print_summary(summary: Mapping[str, Any]) -> None:
     """The end of a run: what was gained, where it lies, how to use it."""
     console, folder = out(), Path(summary["run_dir"])
-    table = Table(
-        box=box.SIMPLE_HEAD, title=f"{summary['task']}, held-out problems", title_justify="left"
-    )
-    for heading in ("", "greedy (95 % interval)", "sampled"):
-        table.add_column(heading)
-    for when in ("before", "after"):
-        sampled = f"{summary[f'accuracy_{when}_sampled']:.1%}"
-        table.add_row(when, interval(summary, f"accuracy_{when}"), sampled)
-    console.print(table)
+    if "accuracy_before" in summary:
+        console.print(accuracies(summary))
+    if "valid_loss" in summary:
+        console.print(f"Held-out loss after training: {summary['valid_loss']:.4g} nats per token.")
     alerts = ", ".join(summary["alerts"]) or "none"
     modules = ", ".join(f"{name} ({n})" for name, n in summary["adapter_alerts"].items()) or "none"
     console.print(
@@ -39,7 +34,9 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     contents = {
         "adapters/": "the adapter, in mlx-lm's format",
         "base/": "the quantized base that it belongs to",
+        "stages/": "each stage: metrics, samples, its adapter",
         "metrics.jsonl": "every step",
+        "training.png": "  as a picture",
         "samples.jsonl": "what the model wrote on the way",
         "spectrum.json": "what the adapter is, and in pictures:",
         "singular_values.png": "  how many directions it uses",
@@ -59,6 +56,20 @@ def print_summary(summary: Mapping[str, Any]) -> None:
             soft_wrap=True,
             markup=False,
         )
+
+
+def accuracies(summary: Mapping[str, Any]) -> Table:
+    """Before, after each of several stages, and after."""
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{summary['task']}, held-out problems", title_justify="left"
+    )
+    for heading in ("", "greedy (95 % interval)", "sampled"):
+        table.add_column(heading)
+    rows = [("before", summary, "accuracy_before")]
+    rows += [(f"after {s['name']}", s, "accuracy") for s in summary.get("stages", ())[:-1]]
+    for name, result, key in (*rows, ("after", summary, "accuracy_after")):
+        table.add_row(name, interval(result, key), f"{result[f'{key}_sampled']:.1%}")
+    return table
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:
@@ -98,8 +109,13 @@ def print_doctor(findings: Mapping[str, Any]) -> None:
 
 
 def print_plan(found: Mapping[str, Any]) -> None:
-    table = Table(box=box.SIMPLE, show_header=False, title="plan", title_justify="left")
-    for key, value in found.items():
-        text = f"{value:,}" if isinstance(value, int | float) else str(value)
-        table.add_row(key.replace("_", " "), text)
-    out().print(table)
+    """One table, and one more for each of several stages."""
+    stages = found.get("stages", ())
+    titled = [("plan", {k: v for k, v in found.items() if k != "stages"})]
+    titled += [(f"stage {number}", stage) for number, stage in enumerate(stages, start=1)]
+    for title, part in titled:
+        table = Table(box=box.SIMPLE, show_header=False, title=title, title_justify="left")
+        for key, value in part.items():
+            text = f"{value:,}" if isinstance(value, int | float) else str(value)
+            table.add_row(key.replace("_", " "), text)
+        out().print(table)

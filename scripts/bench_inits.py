@@ -260,20 +260,27 @@ def write_report() -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows for docs/inits.md, best first."""
     lines = [
-        "| start | learning rate | KL at start | steps to +10 points | accuracy, mean over seeds | "
-        "seeds | without seed 0 |",
-        "|---|---|---|---|---|---|---|",
+        "| start | learning rate | KL at start | perplexity at start | first gradient, squared | "
+        "steps to +10 points | accuracy, mean over seeds | seeds | without seed 0 | seconds |",
+        "|" + "---|" * 10,
     ]
     for r in rows:
         spread = ""
         if len(r["seeds"]) > 1:
             spread = f" ({r['accuracy_low']:.1%} to {r['accuracy_high']:.1%})"
-        steps = f"{r['steps_to_gain']:.0f}" if np.isfinite(r["steps_to_gain"]) else "never"
-        lines.append(
-            f"| {r['variant']} | {r['learning_rate']:g} | {r['kl_at_start']:.2g} | {steps} | "
-            f"{r['accuracy']:.1%}{spread} | {len(r['seeds'])} | "
-            f"{r['accuracy_without_seed_0']:.1%} |"
+        cells = (
+            r["variant"],
+            f"{r['learning_rate']:g}",
+            f"{r['kl_at_start']:.2g}",
+            f"× {r['perplexity_ratio_at_start']:.3g}",
+            f"{r['first_gradient_norm'] ** 2:.2g}",
+            f"{r['steps_to_gain']:.0f}" if np.isfinite(r["steps_to_gain"]) else "never",
+            f"{r['accuracy']:.1%}{spread}",
+            str(len(r["seeds"])),
+            f"{r['accuracy_without_seed_0']:.1%}",
+            f"{r['seconds']:.0f}",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

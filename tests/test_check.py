@@ -111,6 +111,8 @@ GOOD = Measured(
     empty_adapted=0.0,
     b_norm=0.0,
     non_finite=[],
+    zeroed=[],
+    base_recorded=None,
     dropout=0.0,
     probes_hash="p",
     logits_base_hash="l",
@@ -123,6 +125,9 @@ SPEAK = [  # gate, measured, expectation, verdict
     ("structure", replace(GOOD, off_restores_base=False), "same", "fail"),
     ("structure", replace(GOOD, dropout=0.1), "same", "warn"),
     ("structure", replace(GOOD, same_prompts=False), "same", "fail"),
+    ("structure", replace(GOOD, base_recorded=True), "same", "pass"),
+    ("structure", replace(GOOD, base_recorded=False), "healthy", "fail"),
+    ("structure", replace(GOOD, zeroed=["q"]), "healthy", "warn"),
     ("identity", GOOD, "same", "pass"),
     ("identity", GOOD, "healthy", "warn"),
     ("identity", GOOD, "changed", "fail"),
@@ -169,7 +174,8 @@ SPEAK = [  # gate, measured, expectation, verdict
 
 @pytest.mark.parametrize(("name", "measured", "expect", "verdict"), SPEAK)
 def test_every_gate_speaks_at_its_boundary(name, measured, expect, verdict):
-    assert gates[name](measured, expect, "zero").verdict == verdict
+    init = "zero" if expect == "same" else None
+    assert gates[name](measured, expect, init).verdict == verdict
 
 
 def test_every_gate_is_tested_quiet_and_speaking():
@@ -207,3 +213,28 @@ def test_prompt_files_of_both_kinds_and_the_general_set_are_read(tmp_path):
     assert len(found.texts) == len(found.prompts) == 2
     general = probes.read(demo(), probes.ASSETS / "check_general.jsonl")
     assert len(general.texts) >= 8 and len(general.prompts) >= 4
+
+
+def test_a_base_is_known_again_at_any_quantization_and_no_other_is():
+    sketches = {bits: models.sketch(demo(quantize={"bits": bits}).model) for bits in (2, 3, 4, 8)}
+    assert all(models.same_base(sketches[4], s) for s in sketches.values())
+    other = demo()
+    attach(other.model)
+    assert models.same_base(sketches[4], models.sketch(other.model)), "an adapter is not the base"
+    for name, m in other.model.named_modules():
+        if name.endswith(".linear"):
+            m.weight = mx.random.permutation(m.weight, key=mx.random.key(1))
+    assert not models.same_base(sketches[4], models.sketch(other.model))
+    assert not models.same_base([], sketches[4])
+
+
+def test_an_adapter_of_another_base_is_a_failure(tmp_path):
+    loaded = demo()
+    config = attach(loaded, init="gaussian", init_options={"std": 0.02})
+    base = models.identity(loaded)
+    files.save(loaded.model, config | {"base": base}, tmp_path / "own")
+    assert gate.check(demo(), adapter=tmp_path / "own").verdict == "pass"
+    base["sketch"] = [-x for x in base["sketch"]]
+    files.save(loaded.model, config | {"base": base}, tmp_path / "other")
+    report = gate.check(demo(), adapter=tmp_path / "other")
+    assert report.verdict == "fail" and "another base" in report.reasons[0]

@@ -152,6 +152,13 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
         ("iters: 5\nepochs: 1", "in place of iters"),
         ("train: false", "nothing to do"),
         ("lora_parameters: {rslora: true}", "give alpha"),
+        ("lora_parameters: {scale: rslora}", "give alpha"),
+        ("lora_parameters: {scale: rslor, alpha: 4}", "in place of scale"),
+        ("lora_parameters: {lora_plus_ratio: 0}", "greater than 0"),
+        ("method: grpo\ntask: countdown\nrejection_sampling: {}", "samples by itself"),
+        ("rejection_sampling: {}", "needs a task"),
+        ("task: countdown\ndata: x\nrejection_sampling: {}", "2:1: data: stands in place"),
+        ("task: countdown\nrejection_sampling: {temperature: 0}", "greater than 0"),
         ("optimizer_config: {adma: {}}", "optimizer_config.adma"),
         ("quantize: {mode: mxfp4, bits: 8}", "should be 4 with mode mxfp4"),
         ("quantize: {group_size: 16}", "32, 64 or 128"),
@@ -316,8 +323,20 @@ def test_alpha_is_a_way_to_write_scale():
     assert scale("{}") == 20
     assert scale("{rank: 4, alpha: 8}") == 2
     assert scale("{rank: 4, alpha: 8, rslora: true}") == 4
+    assert scale("{rank: 4, alpha: 8, scale: rslora}") == 4
     parameters = load("lora_parameters: {rank: 4, alpha: 8}").lora_parameters
     assert parameters.scale_at(2) == 4 and "scale" not in parameters.model_dump()
+
+
+def test_rslora_may_be_said_as_a_scale_wherever_the_rest_is_said():
+    text = "lora_parameters: {rank: 4, alpha: 8, scale: rslora}"
+    e = load(text, "lora_parameters.alpha=16")
+    assert e.lora_parameters.rslora and e.lora_parameters.effective_scale == 8
+    e = load("lora_parameters: {rank: 4, alpha: 8}", "lora_parameters.scale=rslora")
+    assert e.lora_parameters.effective_scale == 4
+    e = load(text + "\nstages: [{seed: 1}, {lora_parameters: {alpha: 2}}]")
+    assert [s.lora_parameters.effective_scale for s in e.loops] == [4, 1]
+    assert config.resolved(load(yamlfile.dump(config.resolved(e)))) == config.resolved(e)
 
 
 def test_rl_has_its_own_defaults_and_no_dropout():
@@ -337,7 +356,9 @@ def test_stages_are_the_file_with_changes():
     """
     e = load(text, "stages.1.iters=20")
     warm, rl = e.loops
-    assert (warm.method, warm.epochs, warm.num_layers) == ("sft", 2, 16)
+    assert (warm.method, warm.epochs, warm.num_layers) == ("sft", 2, -1), "one adapter for both"
+    alone = load("stages: [{method: sft}, {method: sft, num_layers: 3}]")
+    assert [s.num_layers for s in alone.loops] == [16, 3]
     assert (rl.method, rl.iters, rl.num_layers) == ("grpo", 20, -1)
     assert warm.lora_parameters.effective_scale == 2 and rl.lora_parameters.effective_scale == 3
     assert rl.task and rl.task.options == {"max_count": 4}

@@ -43,7 +43,8 @@ class Cut(Exception):
 
 
 def test_a_killed_run_resumed_equals_an_uninterrupted_one_bitwise(tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole")
+    text = YAML + "scale_schedule: {name: kl_budget, start: 0.5, budget: 1e-4}\n"
+    whole = run(tmp_path / "whole", text)
     real = grpo.train
 
     def cut_short(*args, **options):
@@ -54,11 +55,13 @@ def test_a_killed_run_resumed_equals_an_uninterrupted_one_bitwise(tmp_path, monk
 
     monkeypatch.setattr(grpo, "train", cut_short)
     with pytest.raises(Cut):
-        run(tmp_path / "cut")
+        run(tmp_path / "cut", text)
     assert len(read(tmp_path / "cut")) == 3
     monkeypatch.setattr(grpo, "train", real)
-    resumed = run(tmp_path / "cut", resume=True)
+    resumed = run(tmp_path / "cut", text, resume=True)
     assert read(tmp_path / "cut") == read(tmp_path / "whole")
+    scales = [m["scale"] for m in read(tmp_path / "whole")]
+    assert scales[0] < scales[1] < scales[-1] < 20, "the schedule is at work when the run is cut"
     taken = [m.get("update_taken") for m in read(tmp_path / "whole")]
     assert taken == [1.0] * 5, "steps without an update would hide a lost optimizer state"
     assert resumed["accuracy_after"] == whole["accuracy_after"]

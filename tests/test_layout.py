@@ -15,6 +15,7 @@ TREES = {f: ast.parse(f.read_text(encoding="utf-8"), str(f)) for f in FILES}
 LAYERS = [  # each may import from its own row and from those above it
     ["errors"],
     ["types", "registry", "yamlfile", "platform"],
+    ["blocks"],
     ["schema", "conflicts", "config", "tasks"],
     [
         "cpu",
@@ -26,11 +27,13 @@ LAYERS = [  # each may import from its own row and from those above it
         "adapter",
         "runlog",
         "progress",
+        "optimizers",
     ],
     ["check", "spectral"],
     ["rl", "sft"],
     ["ship"],
-    ["experiment"],
+    ["curves", "prepare", "recorder", "unsupported"],
+    ["experiment", "stages"],
     ["doctor", "listing", "plan", "show", "cli", "__init__", "__main__"],
 ]
 LEVEL = {unit: level for level, row in enumerate(LAYERS) for unit in row}

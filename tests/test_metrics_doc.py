@@ -34,7 +34,7 @@ eval: {n: 8}
 monitor: {every: 1}
 """
 WHOLE = {"reasons", "reasons_before", "reasons_after"}  # what is below them has no row
-WHOLE |= {"check", "environment", "init_measured"}
+WHOLE |= {"check", "environment", "init_measured", "rejection_sampling"}
 WHOLE |= {f"structural.{scaled}per_layer_dominance" for scaled in ("", "scaled_")}
 NAMED = {"adapters": "MODULE", "versions": "PACKAGE"}  # keys below them are names of things
 Rows = dict[str, str]
@@ -106,6 +106,36 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
+STAGES = """
+model: demo
+task: countdown
+batch_size: 2
+rollout: {max_tokens: 8}
+eval: {n: 8}
+monitor: {every: 1}
+stages:
+- {method: sft, iters: 1, data: ROWS}
+- {method: sft, iters: 1, rejection_sampling: {problems: 8, samples: 4}}
+- {method: grpo, iters: 1, grpo: {group_size: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory) -> config.Experiment:
+    """Three of them: on rows, on rejection samples, and GRPO."""
+    rows = tmp_path_factory.mktemp("rows")
+    for name in ("train", "valid"):
+        (rows / f"{name}.jsonl").write_text('{"text": "A duck has two legs."}\n')
+    return config.from_text(STAGES.replace("ROWS", str(rows)))
+
+
+@pytest.fixture(scope="module")
+def staged(stages, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("staged")
+    experiment.run(stages, folder, console(quiet=True))
+    return folder
+
+
 def read(path: Path) -> list[dict]:
     """The lines of a .jsonl file, or the one document of a .json file."""
     text = path.read_text(encoding="utf-8")
@@ -119,8 +149,26 @@ FILES = (
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_holds_the_documented_keys(run, name):
-    assert set().union(*(emitted(document) for document in read(run / name))) == documented(name)
+def test_a_file_holds_the_documented_keys(run, staged, name):
+    more = {"metrics.jsonl": "stages/1_sft/metrics.jsonl", "summary.json": "summary.json"}
+    files = [run / name, *([staged / more[name]] if name in more else [])]
+    found = set().union(*(emitted(document) for file in files for document in read(file)))
+    if name == "summary.json":
+        found = {key for key in found if not key.startswith("stages[].")} | {"stages"}
+        found |= {"rejection_sampling", "valid_loss"}  # of a single stage: as in `stages`
+    assert found == documented(name)
+
+
+def test_the_stages_of_a_summary_hold_the_documented_keys(staged):
+    (summary,) = read(staged / "summary.json")
+    entries = [emitted(entry) for entry in summary["stages"]]
+    assert set().union(*entries) == documented("stages` of `summary.json")
+
+
+@pytest.mark.parametrize("name", ["rejection_sampling.json", "rejection_sampling.jsonl"])
+def test_rejection_samples_hold_the_documented_keys(staged, name):
+    for line in read(staged / "stages" / "2_sft" / name):
+        assert emitted(line) == documented(name)
 
 
 def test_an_evaluation_holds_the_documented_keys(run):
@@ -149,9 +197,11 @@ def test_an_alert_holds_the_documented_keys():
     assert emitted({"step": 0, **finding}) == documented("alerts.jsonl")
 
 
-def test_the_plan_and_the_doctor_print_the_documented_keys():
+def test_the_plan_and_the_doctor_print_the_documented_keys(stages):
     quiet = console(quiet=True)
-    assert emitted(plan(config.from_text(YAML), quiet)) == documented("train --dry-run --json")
+    planned = emitted(plan(config.from_text(YAML), quiet)) | emitted(plan(stages, quiet))
+    planned = {key.removeprefix("stages[].") for key in planned} | {"stages"}
+    assert planned == documented("train --dry-run --json")
     assert emitted(examine()) == documented("doctor --json")
 
 

@@ -102,7 +102,8 @@ def check(
             loaded, init=init, init_options=options, seed=seed, **dict(lora or {})
         )
         expect, start = expect or "same", label(init, options)
-    report = judge(loaded, probes, prints, expect, start, begin, seed, limits=limits)
+    about = config.get("base")
+    report = judge(loaded, probes, prints, expect, start, begin, seed, limits=limits, about=about)
     return replace(report, config=config)
 
 
@@ -140,10 +141,14 @@ def judge(
     seed: int,
     *,
     limits: Limits | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Measure the attached model against its base and let every gate speak."""
-    base, adapted = Side(loaded, off=True), Side(loaded)
-    return judged(base, adapted, probes, prints, expect, init, begin, seed, limits=limits)
+    """Measure the attached model against its base and let every gate speak.
+
+    `about` is what the adapter records of the base it was trained on.
+    """
+    sides = Side(loaded, off=True), Side(loaded)
+    return judged(*sides, probes, prints, expect, init, begin, seed, limits=limits, about=about)
 
 
 def judged(
@@ -157,9 +162,10 @@ def judged(
     seed: int,
     *,
     limits: Limits | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Report:
     measured, reading = measure(
-        base, adapted, probes, prints, sample_tokens=SAMPLE_TOKENS, seed=seed
+        base, adapted, probes, prints, sample_tokens=SAMPLE_TOKENS, seed=seed, about=about
     )
     bound = [gates.bind(name, (limits or {}).get(name, {})) for name in gates]
     said = [g for gate in bound if (g := gate(measured, expect, init)) is not None]

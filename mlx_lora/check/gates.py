@@ -61,6 +61,13 @@ def structure(m: Measured, expect: str, init: str | None) -> Gate:
     if not m.off_restores_base:
         text = "with the adapter switched off the logits are not the base's: no sound KL reference"
         return Gate("structure", "fail", None, text)
+    if m.base_recorded is False:
+        text = "the adapter was trained on another base: its record and these weights do not agree"
+        return Gate("structure", "fail", None, text)
+    if m.zeroed:
+        shown = ", ".join(m.zeroed[:3])
+        text = f"{len(m.zeroed)} modules have B = 0 while others have learned: {shown}"
+        return Gate("structure", "warn", len(m.zeroed), text)
     if m.dropout > 0:
         text = f"LoRA dropout is {m.dropout:g}; RL needs 0, or sampler and learner disagree"
         return Gate("structure", "warn", m.dropout, text)
@@ -117,7 +124,7 @@ def size(
     """The largest update over its weight, by Frobenius norms: known before any text is read."""
     if m.update_size is None:
         return None
-    warn, fail = (warn, fail) if expect == "same" else (trained_warn, trained_fail)
+    warn, fail = (warn, fail) if init is not None else (trained_warn, trained_fail)
     text = f"the largest update, at {m.update_largest}, is {m.update_size:.3g} times its weight"
     return Gate("size", graded(m.update_size, warn, fail), m.update_size, text)
 

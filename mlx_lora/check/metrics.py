@@ -15,7 +15,7 @@ from mlx_lora.check.probes import Probes
 from mlx_lora.check.reading import Reading, intervals, read_both
 from mlx_lora.check.sides import Side, same_prompts
 from mlx_lora.check.writing import SamplePair, write_both
-from mlx_lora.models import vocabulary_size
+from mlx_lora.models import same_base, sketch, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Measured:
     update_largest: str  # that module
     sensitive: bool | None  # a tiny step of the adapter along its gradient moves the logits
     non_finite: Sequence[str]  # modules with NaN or Inf in their factors
+    zeroed: Sequence[str]  # modules whose B is zero while that of others is not
+    base_recorded: bool | None  # the base is the one the adapter was trained on; None: not recorded
     dropout: float
     samples: Sequence[SamplePair] = field(default_factory=list)
 
@@ -63,10 +65,12 @@ def measure(
     *,
     sample_tokens: int,
     seed: int,
+    about: Mapping[str, Any] | None = None,
 ) -> tuple[Measured, Reading]:
     """Everything the gates look at, and the tokens it comes from.
 
     `base_prints` is the fingerprint of the model before attaching; None where there is no before.
+    `about` is what the adapter's config records of its base.
     """
     reading = read_both(base, adapted, probes)
     kl = reading.column("kl")
@@ -87,6 +91,7 @@ def measure(
         probes_hash=digest_text(json.dumps([probes.texts, probes.prompts])),
         logits_base_hash=digest_text(" ".join(base_prints or reading.base_prints)),
         logits_adapted_hash=digest_text(" ".join(reading.adapted_prints)),
+        base_recorded=knows_base(adapted, (about or {}).get("sketch")),
         **adapter_facts(adapted, probes),
         **write_both(base, adapted, probes.prompts, sample_tokens, seed),
     )
@@ -98,15 +103,21 @@ def adapter_facts(side: Side, probes: Probes) -> dict[str, Any]:
     layers = lora_layers(side.model)
     module, size = largest_update(layers)
     broken = [n for n, m in layers.items() if not is_finite(m)]
-    norm = float(np.sqrt(sum(mx.square(m.lora_b).sum().item() for m in layers.values())))
+    norms = {n: float(mx.square(m.lora_b).sum().item()) ** 0.5 for n, m in layers.items()}
+    norm = float(np.sqrt(sum(x**2 for x in norms.values())))
     return {
         "b_norm": norm if layers else None,
+        "zeroed": [n for n, x in norms.items() if x == 0] if norm > 0 else [],
         "update_size": size,
         "update_largest": module,
         "sensitive": moves_outputs(side.model, probes) if layers and not broken else None,
         "non_finite": broken,
         "dropout": dropout_of(layers),
     }
+
+
+def knows_base(side: Side, recorded: Sequence[float] | None) -> bool | None:
+    return same_base(recorded, sketch(side.model)) if recorded else None
 
 
 def digest_text(text: str) -> str:

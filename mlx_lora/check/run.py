@@ -86,7 +86,7 @@ def of_experiment(name: str, given: Request) -> Request:
     """The request that an experiment file makes."""
     from mlx_lora import config
 
-    e = config.load(config.find(name), [])
+    e = config.load(config.find(name), []).first
     asked = e.lora_parameters
     return replace(
         given,

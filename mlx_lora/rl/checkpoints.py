@@ -3,19 +3,45 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapter import files
+from mlx_lora.adapter.schedules import scale_of, set_scale
 from mlx_lora.errors import RunError
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 KEPT = 2
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state of training kept in memory. Arrays never change, so that holding them is enough."""
+
+    steps_done: int
+    weights: Any
+    optimizer: Any
+    scale: float
+
+    @classmethod
+    def take(cls, steps_done: int, model: nn.Module, optimizer: optim.Optimizer) -> "Snapshot":
+        weights, state = (
+            tree_map(lambda leaf: leaf, tree)
+            for tree in (model.trainable_parameters(), optimizer.state)
+        )
+        return cls(steps_done, weights, state, scale_of(model))
+
+    def put_back(self, model: nn.Module, optimizer: optim.Optimizer) -> None:
+        """Undo whatever was begun since, a half-done update too."""
+        model.update(self.weights)
+        set_scale(model, self.scale)
+        optimizer.state = self.optimizer
 
 
 def save(
@@ -44,12 +70,19 @@ def every(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("[0-9]*") if (p / STATE).is_file())
 
 
+def steps_done(folder: Path) -> int:
+    """Of the newest checkpoint; 0 where there is none."""
+    found = every(folder)
+    return int(found[-1].name) if found else 0
+
+
 def latest(folder: Path) -> Path:
     found = every(folder)
     if not found:
         raise RunError(
             f"there is no checkpoint in {folder} to resume from",
-            "Runs write one every `save_every` steps; start this one again in a new folder.",
+            "Runs write one every `save_every` steps and on Ctrl-C; start this one again in a new "
+            "folder.",
         )
     return found[-1]
 
@@ -57,13 +90,20 @@ def latest(folder: Path) -> Path:
 def load(checkpoint: Path, model: nn.Module, optimizer: optim.Optimizer) -> int:
     """Put a checkpoint into an attached model and its optimizer. Returns the steps done."""
     try:
-        _, tensors = files.read(checkpoint)
         state = mx.load(str(checkpoint / OPTIMIZER))
         steps = json.loads((checkpoint / STATE).read_text())["steps_done"]
+        restore(checkpoint, model)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise RunError(f"the checkpoint {checkpoint} does not load: {error}") from error
-    model.load_weights(list(tensors.items()), strict=False)
     optimizer.init(model.trainable_parameters())
     optimizer.state = tree_unflatten(list(state.items()))  # type: ignore[union-attr]
-    mx.eval(model.parameters(), optimizer.state)
+    mx.eval(optimizer.state)
     return steps
+
+
+def restore(folder: Path, model: nn.Module) -> None:
+    """Put a saved adapter, and the scale it was saved with, into a model that has its layers."""
+    config, tensors = files.read(folder)
+    files.put(model, config, tensors)
+    set_scale(model, config["lora_parameters"]["scale"])
+    mx.eval(model.parameters())

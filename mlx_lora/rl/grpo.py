@@ -4,58 +4,56 @@ Left out on purpose: a value function, a second model as reference, more than on
 rollout.
 """
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, cast
 
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_lora.adapter.schedules import schedules, set_scale
-from mlx_lora.config import Experiment
+from mlx_lora.adapter.schedules import NEEDS_KL, scale_at, scale_of, schedules, set_scale
+from mlx_lora.data import draw
 from mlx_lora.models import Loaded
+from mlx_lora.optimizers import Diverged, Metrics, Patience, learning_rate
 from mlx_lora.rl.advantages import advantages, zero_variance
 from mlx_lora.rl.learner import apply, gradients, pack
 from mlx_lora.rl.losses import losses
 from mlx_lora.rl.rollout import rewards, rollout
 from mlx_lora.runlog import Clock
+from mlx_lora.schema import Stage
 from mlx_lora.types import Group, Sample, Task
 
-Metrics = dict[str, float]
-BAD_STEPS = 3  # non-finite updates in a row before the run stops
+__all__ = ["Diverged", "train"]
 POOL = 4096  # training problems kept; longer runs reshuffle them every epoch
-
-
-class Diverged(Exception):
-    """The loss or gradient stayed non-finite. The weights are those of the last good step."""
 
 
 def train(
     loaded: Loaded,
     task: Task,
-    experiment: Experiment,
+    experiment: Stage,
     optimizer: optim.Optimizer,
     clock: Clock,
     report: Callable[[int, Metrics, Sequence[Group]], None],
     *,
     start: int = 0,
+    before: Metrics | None = None,
 ) -> Iterator[int]:
     """Run the steps from `start` to `iters`, one at each `next`, yielding the step just done.
 
-    `report` gets its metrics and groups. Everything random is a function of (seed, step).
+    `report` gets its metrics and groups. Everything random is a function of (seed, step); the scale
+    schedule looks at the metrics of the step before, for the first one at `before`.
     """
     model, e = loaded.model, experiment
     loss = losses.bind(e.grpo.loss, loss_options(e))
     advantage = advantages.bind(e.grpo.advantage, {})
     schedule = e.scale_schedule and schedules.bind(e.scale_schedule.name, e.scale_schedule.options)
     samples = problems(task, e.iters * e.batch_size, e.seed)
-    bad = 0
+    patience = Patience(e)
     for step in range(start, e.iters):
-        optimizer.learning_rate = scheduled(e, step)
+        optimizer.learning_rate = learning_rate(e, step)
         if schedule:
-            set_scale(model, e.lora_parameters.effective_scale * schedule(step / e.iters))
+            configured = e.lora_parameters.effective_scale
+            set_scale(model, scale_at(schedule, configured, e.iters, step, before))
         with clock.measure("rollout", kind="step"):
             groups = rollout(
                 loaded,
@@ -67,20 +65,16 @@ def train(
                 **e.rollout.model_dump(),
             )
         rewards_PG = rewards(groups)
-        metrics = describe(groups, rewards_PG)
+        metrics = describe(groups, rewards_PG) | {"scale": scale_of(model)}
         useful_P = ~zero_variance(rewards_PG)
         if useful_P.any():  # Adam would rescale the noise of a zero gradient into a full step
             with clock.measure("learn", kind="step"):
                 metrics |= update(
                     model, groups, advantage(rewards_PG), useful_P, loss, optimizer, e, step
                 )
-            bad = 0 if metrics["update_taken"] else bad + 1
         report(step, metrics, groups)
-        if bad == BAD_STEPS:
-            raise Diverged(
-                f"{BAD_STEPS} updates in a row had a non-finite gradient, the last at step {step}; "
-                f"the learning rate was {e.learning_rate:g}"
-            )
+        patience.saw(step, metrics)
+        before = metrics
         yield step
 
 
@@ -91,7 +85,7 @@ def update(
     useful_P: np.ndarray,
     loss: Callable,
     optimizer: optim.Optimizer,
-    e: Experiment,
+    e: Stage,
     step: int,
 ) -> Metrics:
     """One optimizer step on the groups that disagree within themselves."""
@@ -103,15 +97,23 @@ def update(
         loss,
         temperature=e.rollout.temperature or 1.0,
         beta=e.grpo.beta,
-        measure_kl=(step + 1) % e.monitor.every == 0 or step in (0, e.iters - 1),
+        measure_kl=wants_kl(e, step),
     )
-    norm, taken = apply(model, optimizer, grads, e.grpo.max_grad_norm)
+    ratio = e.lora_parameters.lora_plus_ratio
+    norm, taken = apply(model, optimizer, grads, e.grpo.max_grad_norm, lora_plus=ratio)
     return {k: cast(float, v.item()) for k, v in measured.items()} | {
         "grad_norm": norm,
         "update_taken": float(taken),
         "learning_rate": float(optimizer.learning_rate),
         "tokens_trained": packed.tokens,
     }
+
+
+def wants_kl(e: Stage, step: int) -> bool:
+    """Every `monitor.every` steps, at both ends, and always where the scale depends on it."""
+    if e.scale_schedule and e.scale_schedule.name in NEEDS_KL:
+        return True
+    return (step + 1) % e.monitor.every == 0 or step in (0, e.iters - 1)
 
 
 def describe(groups: Sequence[Group], rewards_PG: np.ndarray) -> Metrics:
@@ -136,30 +138,5 @@ def problems(task: Task, wanted: int, seed: int) -> Sequence[Sample]:
     return task.load("train", min(wanted, POOL), seed)
 
 
-def draw(samples: Sequence[Sample], step: int, count: int, seed: int) -> list[Sample]:
-    """The problems of one step: a function of (seed, step), every problem once per epoch."""
-    found = []
-    for index in range(step * count, (step + 1) * count):
-        epoch, at = divmod(index, len(samples))
-        found.append(samples[order(len(samples), seed, epoch)[at]])
-    return found
-
-
-@lru_cache(maxsize=2)
-def order(count: int, seed: int, epoch: int) -> list[int]:
-    shuffled = list(range(count))
-    random.Random(f"{seed}/{epoch}").shuffle(shuffled)
-    return shuffled
-
-
-def scheduled(e: Experiment, step: int) -> float:
-    """The learning rate of a step: mlx-lm's schedule where one is given, else linear to zero."""
-    if e.lr_schedule is not None:
-        from mlx_lm.tuner.utils import build_schedule
-
-        return float(build_schedule(dict(e.lr_schedule))(step))
-    return e.learning_rate * (1 - step / e.iters)
-
-
-def loss_options(e: Experiment) -> Mapping[str, Any]:
+def loss_options(e: Stage) -> Mapping[str, Any]:
     return {"clip_low": e.grpo.clip_low, "clip_high": e.grpo.clip_high}

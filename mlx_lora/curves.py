@@ -1,0 +1,110 @@
+"""`training.png`: what a stage did, step by step."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlx_lora.runlog import atomically
+from mlx_lora.spectral.canvas import HEADLINE, QUIET, STYLE, USED, WARNING, blank, inches, png
+from mlx_lora.spectral.canvas import whole_numbers as whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FILE = "training.png"
+History = Sequence[Mapping[str, float]]
+WINDOW = 5  # steps of the running mean
+WIDTH, LEFT, RIGHT, BOTTOM, GAP = 8.6, 0.75, 0.25, 0.5, 0.42  # inches
+PANELS = {  # metric -> title, height in inches; drawn in this order where it was measured
+    "reward": ("reward of the step's rollouts", 1.9),
+    "loss": ("loss, nats per token", 1.9),
+    "kl": ("KL to the reference policy, nats per token", 1.0),
+    "scale": ("scale of the adapter", 0.8),
+}
+
+
+def draw(history: History, path: Path) -> None:
+    """Reward or loss, KL and scale over the steps, one under the other."""
+    import matplotlib
+
+    told = "reward" if any("reward" in h for h in history) else "loss"
+    names = [n for n in PANELS if n in (told, "kl", "scale") and len(column(history, n)[0])]
+    if told not in names:
+        return
+    heights = [PANELS[n][1] for n in names]
+    total = HEADLINE + GAP * (len(names) - 0.5) + sum(heights) + BOTTOM
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        figure = blank(WIDTH, total, headline(history, told))
+        top = total - HEADLINE + GAP / 2
+        for name, height in zip(names, heights, strict=True):
+            top -= GAP + height
+            axes = inches(figure, LEFT, top, WIDTH - LEFT - RIGHT, height)
+            panel(axes, history, name)
+            if name == names[-1]:
+                axes.set_xlabel("step")
+            else:
+                axes.tick_params(labelbottom=False)
+        with atomically(path) as part:
+            part.write_bytes(png(figure))
+
+
+def panel(axes: "Axes", history: History, name: str) -> None:
+    """One metric over the steps; where it was not measured the line goes through."""
+    steps, values = column(history, name)
+    if name in ("reward", "loss"):
+        axes.plot(steps, values, ".", color=USED, alpha=0.35, markersize=4)
+        axes.plot(steps, running_mean(values), color=USED, label=f"mean of {WINDOW} steps")
+        valid_steps, valid = column(history, "valid_loss")
+        if name == "loss" and len(valid):
+            axes.plot(valid_steps, valid, "o-", color=WARNING, markersize=4, label="held out")
+        axes.legend(frameon=False, fontsize=8, loc="best")
+    else:
+        axes.plot(
+            steps,
+            values,
+            "o-" if len(values) < len(history) else "-",
+            color=USED,
+            ms=3,
+            clip_on=False,
+        )
+        axes.set_ylim(0, max(values.max() * 1.15, 1e-9))
+    axes.set_title(PANELS[name][0], loc="left", color=QUIET)
+    axes.set_xlim(-0.02 * len(history) - 0.5, len(history) * 1.02 - 0.5)
+    axes.grid(axis="y", color="#eeeeee")
+    axes.set_axisbelow(True)
+    whole(axes.xaxis)
+
+
+def column(history: History, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a metric, where it was measured and finite."""
+    pairs = [(s, h[name]) for s, h in enumerate(history) if np.isfinite(h.get(name, np.nan))]
+    return np.array([s for s, _ in pairs]), np.array([v for _, v in pairs])
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Over the last WINDOW values, fewer at the start.
+
+    >>> running_mean(np.array([0.0, 2.0, 4.0])).tolist()
+    [0.0, 1.0, 2.0]
+    """
+    return np.array([values[max(0, i - WINDOW + 1) : i + 1].mean() for i in range(len(values))])
+
+
+def headline(history: History, name: str) -> str:
+    """The first quarter of the steps against the last, and whether noise explains the difference.
+
+    >>> headline([{"loss": 2.0}, {"loss": 2.0}, {"loss": 1.0}, {"loss": 1.0}], "loss")
+    'Loss fell from 2 to 1: first and last quarter of 4 steps'
+    """
+    _, values = column(history, name)
+    quarter = max(1, len(values) // 4)
+    first, last = values[:quarter], values[-quarter:]
+    noise = np.sqrt((first.var() + last.var()) / max(1, quarter - 1))
+    change = last.mean() - first.mean()
+    if abs(change) <= 2 * noise:
+        return f"{name.capitalize()} stayed near {values.mean():.3g} in {len(history)} steps"
+    moved = "rose" if change > 0 else "fell"
+    ends = f"from {first.mean():.3g} to {last.mean():.3g}"
+    return f"{name.capitalize()} {moved} {ends}: first and last quarter of {len(history)} steps"

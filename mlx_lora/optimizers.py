@@ -1,0 +1,50 @@
+"""What every loop of gradient steps shares: the optimizer, its learning rate, when to give up."""
+
+import mlx.optimizers as optim
+
+from mlx_lora.schema import Stage
+
+Metrics = dict[str, float]
+BAD_STEPS = 3  # non-finite updates in a row before a run stops
+CLASSES = {
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "sgd": "SGD",
+    "adafactor": "Adafactor",
+}
+
+
+class Diverged(Exception):
+    """The loss or gradient stayed non-finite. The weights are those of the last good step."""
+
+
+def optimizer_of(e: Stage) -> optim.Optimizer:
+    settings = dict(e.optimizer_config.get(e.optimizer, {}))
+    return getattr(optim, CLASSES[e.optimizer])(learning_rate=e.learning_rate, **settings)
+
+
+def learning_rate(e: Stage, step: int) -> float:
+    """mlx-lm's schedule where one is given; else constant in SFT and linear to zero in RL."""
+    if e.lr_schedule is not None:
+        from mlx_lm.tuner.utils import build_schedule
+
+        return float(build_schedule(dict(e.lr_schedule))(step))
+    return e.learning_rate * (1 - step / e.iters) if e.is_rl else e.learning_rate
+
+
+class Patience:
+    """Counts updates in a row that were dropped because they were not finite."""
+
+    def __init__(self, e: Stage) -> None:
+        self.rate, self.bad = e.learning_rate, 0
+
+    def saw(self, step: int, metrics: Metrics) -> None:
+        """Take note of a step, if it made an update. Raises Diverged at the third bad one."""
+        if "update_taken" in metrics:
+            self.bad = 0 if metrics["update_taken"] else self.bad + 1
+        if self.bad == BAD_STEPS:
+            raise Diverged(
+                f"{BAD_STEPS} updates in a row had a non-finite gradient, the last at step {step}; "
+                f"the learning rate was {self.rate:g}"
+            )

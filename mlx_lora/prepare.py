@@ -1,0 +1,123 @@
+"""Before the first step: load, quantize, attach, and check that nothing is corrupted."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from mlx_lora import models
+from mlx_lora.adapter import attach as attaching
+from mlx_lora.adapter import files
+from mlx_lora.adapter.inits import REBASING, label
+from mlx_lora.check import certificate, gate
+from mlx_lora.check.gate import fingerprint
+from mlx_lora.check.probes import Probes, read
+from mlx_lora.models import Loaded
+from mlx_lora.runlog import Clock, RunLog
+from mlx_lora.schema import Experiment, Stage
+
+CHECK = "check.json"
+
+
+class CheckFailed(Exception):
+    """The corruption check failed, so no RL step was paid for. Carries the report."""
+
+    def __init__(self, report: gate.Report) -> None:
+        super().__init__("; ".join(report.reasons))
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with its adapter, and the base's fingerprint, which later checks compare with."""
+
+    loaded: Loaded
+    config: dict[str, Any]  # of the adapter
+    probes: Probes
+    prints: Sequence[str]
+    report: gate.Report
+    seed: int
+
+
+def load(e: Stage) -> Loaded:
+    quantize = e.quantize.model_dump() if e.quantize else None
+    return models.load(e.model, quantize=quantize, trust_remote_code=e.trust_remote_code)
+
+
+def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console) -> Prepared:
+    """Load, quantize, attach, and check before a single step. Raises CheckFailed."""
+    e = experiment.first
+    with clock.measure("load model"):
+        loaded = load(e)
+    with clock.measure("check"):
+        began = time.perf_counter()
+        probes = read(loaded)
+        prints = fingerprint(loaded, probes)
+        config, expect = attach(loaded, experiment)
+        init = label(e.init.name, e.init.options) if expect == "same" else None
+        report = gate.judge(loaded, probes, prints, expect, init, began, e.seed)
+    judged(report, log, console)
+    rebased = e.init.name in REBASING and not e.resume_adapter_file
+    if (loaded.quantized_here or rebased) and not (log.folder / "base").exists():
+        with clock.measure("save base"):
+            models.save_base(loaded, log.folder / "base")
+    if rebased:
+        attaching.forget_base(loaded.model)
+        with attaching.switched_off(loaded.model):
+            prints = fingerprint(loaded, probes)
+    initial = log.folder / "adapters" / "initial"
+    files.save(loaded.model, config, initial)
+    if expect == "same":
+        certificate.write(loaded, report, initial)
+    return Prepared(loaded, config, probes, prints, report, e.seed)
+
+
+def attach(loaded: Loaded, experiment: Experiment) -> tuple[dict[str, Any], str]:
+    """Attach what the experiment asks for. Returns the adapter's config, and what to expect."""
+    e = experiment.first
+    about = {"base": models.identity(loaded)}
+    if e.resume_adapter_file is not None:
+        folder = files.folder_of(e.resume_adapter_file)
+        return files.load(loaded.model, folder) | about, "healthy"
+    lora = e.lora_parameters
+    config = attaching.attach(
+        loaded,
+        rank=lora.rank,
+        scale=lora.effective_scale,
+        keys=lora.keys,
+        num_layers=e.num_layers,
+        init=e.init.name,
+        init_options=e.init.options,
+        dropout=max(loop.dropout for loop in experiment.loops),
+        seed=e.seed,
+        dora=e.fine_tune_type == "dora",
+        rows=attaching.calibration_rows(e),
+    )
+    loaded.model.eval()  # new layers drop inputs until they are told not to
+    return config | about, "same"
+
+
+def check_again(prepared: Prepared, log: RunLog, clock: Clock, console: Console) -> gate.Report:
+    """Is the trained adapter healthy, against the base? Raises CheckFailed."""
+    with clock.measure("check"):
+        began = time.perf_counter()
+        p = prepared
+        report = gate.judge(p.loaded, p.probes, p.prints, "healthy", None, began, p.seed)
+    judged(report, log, console)
+    return report
+
+
+def judged(report: gate.Report, log: RunLog, console: Console) -> None:
+    """Write and say what the check found. Raises CheckFailed."""
+    log.write_json(CHECK, report.to_json())
+    console.print(verdict_line(report))
+    if report.verdict == "fail":
+        raise CheckFailed(report)
+
+
+def verdict_line(report: gate.Report) -> str:
+    colour = {"pass": "green", "warn": "yellow", "fail": "red"}[report.verdict]
+    return f"Check:  [{colour}]{report.verdict}[/]  {escape('; '.join(report.reasons))}"

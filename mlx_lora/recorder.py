@@ -1,0 +1,72 @@
+"""What a loop of training steps leaves behind: metrics, samples, alerts, and the live line."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mlx_lora.optimizers import Metrics
+from mlx_lora.progress import Watcher
+from mlx_lora.rl import monitor
+from mlx_lora.runlog import METRICS, Clock, RunLog
+from mlx_lora.schema import Stage
+from mlx_lora.types import Group
+
+SAMPLES, ALERTS = "samples.jsonl", "alerts.jsonl"
+SAMPLES_KEPT = 4  # completions written to samples.jsonl every `monitor.every` steps
+
+
+class Recorder:
+    """Receives each step: metrics.jsonl, samples.jsonl, alerts.jsonl, and the live line."""
+
+    def __init__(self, e: Stage, log: RunLog, clock: Clock) -> None:
+        self.e, self.log, self.clock = e, log, clock
+        self.watcher: Watcher | None = None
+        self.history: list[Metrics] = []
+        self.seen: set[str] = set()
+        self.last = time.perf_counter()
+
+    def remember(self) -> None:
+        """Take up the history of a resumed run, so that alerts see what they would have seen."""
+        for name, keep in ((METRICS, self.history.append), (ALERTS, self.saw)):
+            path = self.log.folder / name
+            for line in path.read_text().splitlines() if path.exists() else ():
+                keep({k: v for k, v in json.loads(line).items() if v is not None})
+
+    def saw(self, finding: Mapping[str, Any]) -> None:
+        self.seen.add(finding["name"])
+
+    def __call__(self, step: int, metrics: Metrics, groups: Sequence[Group] = ()) -> None:
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        tokens = metrics.get("tokens_sampled", metrics.get("tokens_trained", 0))
+        metrics |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        self.history.append(metrics)
+        with self.clock.measure("log", kind="step"):
+            self.log.metric(step, metrics)
+            if step % self.e.monitor.every == 0:
+                for record in shown(step, groups):
+                    self.log.append(SAMPLES, record)
+            for finding in monitor.fresh(self.history, self.seen):
+                self.log.append(ALERTS, {"step": step, **asdict(finding)})
+                if self.watcher:
+                    self.watcher.console.print(
+                        f"[yellow]step {step}: {finding.message}.[/] {finding.action}"
+                    )
+        if self.watcher:
+            self.watcher.update(step, metrics)
+
+
+def shown(step: int, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """One completion each of the first groups, with what it earned."""
+    return [
+        {
+            "step": step,
+            "prompt": g.sample.prompt,
+            "completion": g.rollouts[0].text,
+            "reward": g.rewards[0].value,
+            "reason": g.rewards[0].reason,
+        }
+        for g in groups[:SAMPLES_KEPT]
+    ]

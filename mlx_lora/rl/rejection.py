@@ -1,0 +1,83 @@
+"""Rejection sampling: the model's own correct completions, to learn from before RL begins.
+
+Sources: STaR, arXiv 2203.14465 (learn from what came out right); RAFT, arXiv 2304.06767 (the same
+with a reward).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mlx_lora.errors import RunError
+from mlx_lora.models import Loaded
+from mlx_lora.rl.rollout import rollout
+from mlx_lora.schema import Stage
+from mlx_lora.types import Group, Task
+
+ROWS = 128  # sampled together
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """Rows {prompt, completion, reward} to learn from, and how they came about."""
+
+    rows: Sequence[dict[str, Any]]
+    problems: int
+    sampled: int
+    correct: int  # earned the full reward
+    distinct: int  # ... and are not the same text as another of their problem
+
+    def counts(self) -> dict[str, int]:
+        about = {k: v for k, v in asdict(self).items() if k != "rows"}
+        return about | {"kept": len(self.rows)}
+
+
+def harvest(
+    loaded: Loaded, task: Task, e: Stage, done: Callable[[int], None] = lambda problems: None
+) -> Harvest:
+    """Sample the task's training problems from the model as it stands and keep what is right.
+
+    `done` hears how many problems are through. RunError when nothing is right.
+    """
+    asked = e.rejection_sampling
+    assert asked is not None, "called for a stage without rejection sampling"
+    samples = task.load("train", asked.problems, e.seed)
+    options: dict[str, Any] = {**e.rollout.model_dump(), "temperature": asked.temperature}
+    width = max(1, ROWS // asked.samples)
+    groups: list[Group] = []
+    for begin in range(0, len(samples), width):
+        block = samples[begin : begin + width]
+        # steps below zero: no step of a training loop draws these random numbers again
+        step = -1 - begin
+        groups += rollout(
+            loaded, task, block, group=asked.samples, seed=e.seed, step=step, **options
+        )
+        done(len(groups))
+    return sifted(groups, task.high, asked.keep)
+
+
+def sifted(groups: Sequence[Group], full: float, keep: int) -> Harvest:
+    """Of each group the first `keep` distinct completions with the full reward."""
+    rows, correct, distinct = [], 0, 0
+    for group in groups:
+        right = [
+            (rollout.text, reward.value)
+            for rollout, reward in zip(group.rollouts, group.rewards, strict=True)
+            if reward.value >= full
+        ]
+        correct += len(right)
+        different = dict(right)
+        distinct += len(different)
+        rows += [
+            {"prompt": group.sample.prompt, "completion": text, "reward": value}
+            for text, value in list(different.items())[:keep]
+        ]
+    sampled = sum(len(group.rollouts) for group in groups)
+    if not rows:
+        raise RunError(
+            f"rejection sampling kept nothing: none of {sampled:,} completions of {len(groups):,} "
+            f"problems earned the full reward",
+            "Raise rejection_sampling.samples or problems, make the task easier, or give `data`: "
+            "correct completions from elsewhere.",
+        )
+    return Harvest(rows, len(groups), sampled, correct, distinct)

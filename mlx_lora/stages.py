@@ -1,0 +1,262 @@
+"""Stages: each from the adapter as it stands to the adapter it leaves behind, with checkpoints."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.optimizers as optim
+from rich.console import Console
+from rich.markup import escape
+
+from mlx_lora import curves, data, models, sft
+from mlx_lora.adapter import files
+from mlx_lora.adapter.attach import remember_start
+from mlx_lora.data import Text
+from mlx_lora.optimizers import optimizer_of
+from mlx_lora.prepare import CHECK, Prepared, check_again
+from mlx_lora.progress import watch
+from mlx_lora.recorder import Recorder
+from mlx_lora.rl import checkpoints, grpo
+from mlx_lora.rl.checkpoints import Snapshot
+from mlx_lora.rl.rejection import harvest
+from mlx_lora.runlog import STATUS, Clock, RunLog, State
+from mlx_lora.schema import Experiment, Stage
+from mlx_lora.types import Task
+
+CHECKPOINTS, REJECTION = "checkpoints", "rejection_sampling"
+ADAPTERS, SUMMARY = "adapters", "summary.json"
+ACCURACY = ("accuracy", "accuracy_low", "accuracy_high", "accuracy_sampled")
+
+
+def in_turn(
+    experiment: Experiment,
+    prepared: Prepared,
+    tasks: Sequence[Task | None],
+    look: Callable[[str], dict[str, Any]],
+    log: RunLog,
+    clock: Clock,
+    console: Console,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Every stage in a folder of its own, each from the adapter of the one before.
+
+    `look` evaluates under a name. Returns what the summary says of each, and the last evaluation.
+    """
+    results: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
+    accuracy: dict[str, Any] = {}
+    for index, (e, task) in enumerate(zip(experiment.loops, tasks, strict=True)):
+        name = f"{index + 1}_{e.method}"
+        place = stage_log(log.folder / "stages" / name)
+        console.print(f"[bold]Stage {index + 1} of {len(tasks)}[/]: {e.method}")
+        if place is None:
+            folder = log.folder / "stages" / name
+            checkpoints.restore(folder / ADAPTERS, prepared.loaded.model)
+            found = models.read_json(folder / SUMMARY)
+        else:
+            trained = index > 0 or e.resume_adapter_file is not None
+            folders = [place.folder / ADAPTERS, *copies(e, log)]
+            found = run(e, prepared, task, place, clock, console, folders, trained=trained)
+        accuracy = look(f"after_{name}")
+        about = {k: accuracy[k] for k in ACCURACY if k in accuracy}
+        results.append({"name": name, "method": e.method, **found, **about})
+    return results, accuracy
+
+
+def stage_log(folder: Path) -> RunLog | None:
+    """A stage's log, cut back to its newest checkpoint. None where the stage is finished."""
+    if not (folder / STATUS).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        log = RunLog(folder)
+        log.status("running")
+        return log
+    if models.read_json(folder / STATUS)["state"] == "finished":
+        return None
+    return RunLog.resume(folder, step=checkpoints.steps_done(folder / CHECKPOINTS) - 1)
+
+
+def run(
+    e: Stage,
+    prepared: Prepared,
+    task: Task | None,
+    log: RunLog,
+    clock: Clock,
+    console: Console,
+    folders: Sequence[Path],
+    *,
+    trained: bool,
+) -> dict[str, Any]:
+    """One of several stages; RL on a trained adapter begins with a check. Raises CheckFailed."""
+    checked = {}
+    try:
+        if e.is_rl and trained:
+            checked = {"check": health(prepared, log, clock, console)}
+            remember_start(prepared.loaded.model)
+        found = checked | train(e, prepared, task, log, clock, console, folders)
+    except BaseException as error:
+        log.status(*ended(log, error))
+        raise
+    log.write_json(SUMMARY, found)
+    log.status("finished")
+    return found
+
+
+def health(prepared: Prepared, log: RunLog, clock: Clock, console: Console) -> str:
+    """The verdict on the adapter that RL begins with, unless a stopped run left it behind."""
+    found = models.read_json(log.folder / CHECK) if (log.folder / CHECK).exists() else {}
+    if found.get("verdict") in ("pass", "warn"):
+        return found["verdict"]
+    return check_again(prepared, log, clock, console).verdict
+
+
+def copies(e: Stage, log: RunLog) -> list[Path]:
+    """Where the adapter of the whole run goes."""
+    return [log.folder / ADAPTERS, *([Path(e.adapter_path)] if e.adapter_path else [])]
+
+
+def ended(log: RunLog, error: BaseException) -> tuple[State, str]:
+    """What the status file says of a run that did not finish."""
+    if not isinstance(error, KeyboardInterrupt):
+        return "failed", f"{type(error).__name__}: {error}"
+    saved = (log.folder / ADAPTERS / files.CONFIG).exists()
+    kept = "adapters/ holds the last step" if saved else "before the first step"
+    return "interrupted", f"stopped by Ctrl-C, {kept}"
+
+
+def train(
+    e: Stage,
+    prepared: Prepared,
+    task: Task | None,
+    log: RunLog,
+    clock: Clock,
+    console: Console,
+    folders: Sequence[Path],
+) -> dict[str, Any]:
+    """Train from the newest checkpoint in the log's folder, else from the adapter as it is.
+
+    The adapter is saved in `folders` whatever happens. Returns what the summary says of the stage.
+    """
+    loaded, model = prepared.loaded, prepared.loaded.model
+    optimizer, recorder = optimizer_of(e), Recorder(e, log, clock)
+    found: dict[str, Any] = {}
+    loop: Callable[..., Iterator[int]]
+    if e.method == "sft":
+        texts, valid, found = lessons(e, prepared, task, log, clock, console)
+        e = recorder.e = lasting(e, len(texts))
+        loop, inputs, options = sft.train, texts, {"valid": valid}
+    else:
+        loop, inputs, options = grpo.train, task, {}
+    start = 0
+    if saved := checkpoints.every(log.folder / CHECKPOINTS):
+        start = checkpoints.load(saved[-1], model, optimizer)
+        recorder.remember()
+    before = recorder.history[-1] if recorder.history else None
+    try:
+        title = escape(f"{e.method} on {e.model}")
+        with watch(console, title, e.iters, e.steps_per_report) as watcher:
+            recorder.watcher = watcher
+            steps = loop(
+                loaded, inputs, e, optimizer, clock, recorder, start=start, before=before, **options
+            )
+            follow(steps, start, e, prepared, optimizer, log, clock)
+    finally:
+        for folder in folders:
+            files.save(model, prepared.config, folder)
+    with clock.measure("plot"):
+        curves.draw(recorder.history, log.folder / curves.FILE)
+    measured = [h["valid_loss"] for h in recorder.history if "valid_loss" in h]
+    found |= {"valid_loss": measured[-1]} if measured else {}
+    return {"steps": e.iters, "alerts": sorted(recorder.seen), **found}
+
+
+def follow(
+    steps: Iterator[int],
+    start: int,
+    e: Stage,
+    prepared: Prepared,
+    optimizer: optim.Optimizer,
+    log: RunLog,
+    clock: Clock,
+) -> None:
+    """Run the steps. What stops them leaves the last whole one behind, Ctrl-C a checkpoint too."""
+    model, folder = prepared.loaded.model, log.folder / CHECKPOINTS
+
+    def keep() -> None:
+        checkpoints.save(folder, last.steps_done, model, optimizer, prepared.config)
+
+    last = Snapshot.take(start, model, optimizer)
+    try:
+        for step in steps:
+            last = Snapshot.take(step + 1, model, optimizer)
+            if last.steps_done % e.save_every == 0:
+                with clock.measure("checkpoint", kind="step"):
+                    keep()
+    except BaseException as error:
+        last.put_back(model, optimizer)
+        behind = checkpoints.steps_done(folder) < last.steps_done
+        if isinstance(error, KeyboardInterrupt) and behind:
+            keep()
+        raise
+
+
+def lessons(
+    e: Stage,
+    prepared: Prepared,
+    task: Task | None,
+    log: RunLog,
+    clock: Clock,
+    console: Console,
+) -> tuple[list[Text], list[Text], dict[str, Any]]:
+    """What SFT learns from and validates on, and how it came about where the model made it."""
+    found: dict[str, Any] = {}
+    if e.rejection_sampling:
+        assert task is not None, "the config requires a task for rejection sampling"
+        found[REJECTION] = sampled(e, prepared, task, log, clock, console)
+        sources = {"train": log.folder / f"{REJECTION}.jsonl"}
+    else:
+        sources = data.files_of(e.data)
+    mask_prompt = e.mask_prompt or e.rejection_sampling is not None
+    texts: dict[str, list[Text]] = {}
+    for name, path in sources.items():
+        texts[name], cut = data.training_texts(
+            prepared.loaded,
+            data.rows_of(path),
+            str(path),
+            limit=e.max_seq_length,
+            mask_prompt=mask_prompt,
+        )
+        if cut:
+            console.print(
+                f"[yellow]Note:[/] {cut} of {len(texts[name])} rows of {escape(str(path))} are "
+                f"longer than {e.max_seq_length} tokens and were cut."
+            )
+    return texts["train"], texts.get("valid", []), found
+
+
+def sampled(
+    e: Stage, prepared: Prepared, task: Task, log: RunLog, clock: Clock, console: Console
+) -> dict[str, int]:
+    """Rejection samples in the log's folder, made now unless they are there. Returns the counts."""
+    about = log.folder / f"{REJECTION}.json"
+    if not about.exists():
+        assert e.rejection_sampling is not None
+        total = e.rejection_sampling.problems
+        with clock.measure("sample"), watch(console, "rejection sampling", total) as watcher:
+            made = harvest(prepared.loaded, task, e, lambda done: watcher.update(done - 1, {}))
+        lines = (json.dumps(row, allow_nan=False) for row in made.rows)
+        log.write_text(f"{REJECTION}.jsonl", "".join(f"{line}\n" for line in lines))
+        log.write_json(about.name, made.counts())
+    counts: dict[str, int] = models.read_json(about)
+    console.print(
+        f"Kept {counts['kept']:,} of {counts['sampled']:,} completions: {counts['correct']:,} were "
+        f"correct, {counts['distinct']:,} of these distinct"
+    )
+    return counts
+
+
+def lasting(e: Stage, texts: int) -> Stage:
+    """The stage with its length in steps, where it was given in epochs."""
+    if e.epochs is None:
+        return e
+    return e.model_copy(update={"iters": math.ceil(e.epochs * texts / e.batch_size)})

@@ -1,0 +1,67 @@
+"""Rejection sampling keeps what is right, once, and says so when nothing is."""
+
+import pytest
+
+from mlx_lora import models
+from mlx_lora.errors import RunError
+from mlx_lora.rl.rejection import harvest, sifted
+from mlx_lora.rl.rollout import rollout
+from mlx_lora.schema import Stage
+from mlx_lora.tasks import load_task
+from mlx_lora.types import Group, Reward, Rollout, Sample
+
+
+def group(prompt: str, *pairs: tuple[str, float]) -> Group:
+    sample = Sample(prompt, {}, "")
+    rollouts = [Rollout((1,), (2,), (-1.0,), text, True) for text, _ in pairs]
+    return Group(sample, rollouts, [Reward(value, "") for _, value in pairs])
+
+
+GROUPS = [
+    group("p", ("a", 1.0), ("b", 0.5), ("a", 1.0), ("c", 1.0), ("d", 1.0)),
+    group("q", ("a", 0.5), ("b", 0.0), ("c", 0.0), ("d", 0.0), ("e", 0.0)),
+    group("r", ("a", 1.0), ("b", 0.0), ("c", 0.0), ("d", 0.0), ("e", 0.0)),
+]
+
+
+def test_full_rewards_are_kept_once_each_and_at_most_so_many_a_problem():
+    found = sifted(GROUPS, 1.0, keep=2)
+    assert [(r["prompt"], r["completion"], r["reward"]) for r in found.rows] == [
+        ("p", "a", 1.0), ("p", "c", 1.0), ("r", "a", 1.0),
+    ]  # fmt: skip
+    assert found.counts() == {
+        "problems": 3, "sampled": 15, "correct": 5, "distinct": 4, "kept": 3,
+    }  # fmt: skip
+    assert len(sifted(GROUPS, 1.0, keep=9).rows) == 4
+
+
+def test_nothing_right_is_an_error_that_says_what_to_do():
+    with pytest.raises(RunError, match="none of 5 completions of 1 problems") as caught:
+        sifted(GROUPS[1:2], 1.0, keep=2)
+    assert "rejection_sampling.samples" in caught.value.hint and "`data`" in caught.value.hint
+
+
+def test_samples_are_the_models_own_and_repeatable():
+    loaded, task = models.load("demo"), load_task("countdown")
+    e = Stage.model_validate(
+        {
+            "method": "sft",
+            "task": "countdown",
+            "rollout": {"max_tokens": 12},
+            "rejection_sampling": {"problems": 24, "samples": 8, "keep": 3},
+        }
+    )
+    heard: list[int] = []
+    found = harvest(loaded, task, e, heard.append)
+    assert heard == [16, 24], "blocks of 128 rows"
+    assert found.rows == harvest(loaded, task, e).rows
+    assert found.problems == 24 and found.sampled == 192
+    assert 0 < len(found.rows) <= found.distinct < found.correct < 192
+    samples = {s.prompt: s for s in task.load("train", 24, 0)}
+    for row in found.rows:
+        assert task.reward(samples[row["prompt"]], row["completion"]).value == row["reward"] == 1.0
+    options = e.rollout.model_dump() | {"group": 8, "seed": 0}
+    block = list(samples.values())[:4]
+    training = rollout(loaded, task, block, step=0, **options)
+    texts = {r.text for g in training for r in g.rollouts}
+    assert texts != {row["completion"] for row in found.rows[: len(texts)]}

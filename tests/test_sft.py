@@ -1,0 +1,225 @@
+"""SFT: the loss is mlx-lm's, only what should count counts, and bad steps change nothing."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.trainer import default_loss
+
+from mlx_lora import cpu, data, models, sft
+from mlx_lora.adapter.attach import attach
+from mlx_lora.data import Text
+from mlx_lora.errors import ConfigError
+from mlx_lora.models import Loaded
+from mlx_lora.optimizers import Diverged, learning_rate, optimizer_of
+from mlx_lora.runlog import Clock
+from mlx_lora.schema import Stage
+from mlx_lora.stages import lasting
+from tests.tiny import tiny
+
+TEXTS = [
+    Text(tuple(1 + (first * 7 + i * i) % 90 for i in range(length)), start)
+    for first, length, start in ((1, 6, 3), (2, 9, 1), (3, 40, 30), (4, 5, 4), (5, 12, 6))
+]
+
+
+def stage(**keys) -> Stage:
+    plain = {"method": "sft", "iters": 4, "batch_size": 2, "learning_rate": 1e-2, "val_batches": -1}
+    return Stage(**plain | keys)  # type: ignore[arg-type]
+
+
+def attached(architecture="llama", **options) -> Loaded:
+    cpu.settle()
+    model = tiny(architecture, bits=4)
+    attach(model, init="gaussian", init_options={"std": 0.05}, **options)
+    model.eval()
+    return Loaded(model, None, {}, "tiny", Path(), False)
+
+
+def weights(loaded: Loaded) -> dict[str, np.ndarray]:
+    return {k: np.array(v) for k, v in tree_flatten(loaded.model.trainable_parameters())}
+
+
+def run(loaded, e, texts=TEXTS, optimizer=None, **options):
+    seen = []
+    optimizer = optimizer or optimizer_of(e)
+    loop = sft.train(loaded, texts, e, optimizer, Clock(), lambda s, m: seen.append(m), **options)
+    assert list(loop) == list(range(options.get("start", 0), e.iters))
+    return seen
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])  # gemma2 has no head to split off
+def test_the_loss_is_the_one_of_mlx_lm(architecture):
+    model = attached(architecture).model
+    for rows in (TEXTS[:2], TEXTS):
+        ids, *_ = batch = sft.pack(rows)
+        # mlx-lm's own batches count the first padding token too: lengths are one less here
+        lengths = mx.array([[t.start, len(t.ids) - 1] for t in rows])
+        whole = mx.array([[*t.ids, *[0] * (ids.shape[1] + 1 - len(t.ids))] for t in rows])
+        theirs, count = default_loss(model, whole, lengths)
+        assert sft.mean_loss(model, *batch).item() == pytest.approx(theirs.item(), rel=1e-4)
+        assert batch[-1].sum().item() == count.item() == sum(len(t.ids) - t.start for t in rows)
+
+
+def test_padding_changes_neither_loss_nor_gradient():
+    model = attached().model
+    loss_and_grads = nn.value_and_grad(model, sft.mean_loss)
+    parts = [loss_and_grads(model, *sft.pack([t])) for t in TEXTS]
+    counts = [len(t.ids) - t.start for t in TEXTS]
+    whole, grads = loss_and_grads(model, *sft.pack(TEXTS))
+    mean = sum(n * loss.item() for n, (loss, _) in zip(counts, parts, strict=True)) / sum(counts)
+    assert whole.item() == pytest.approx(mean, rel=1e-5)
+    pairs = [tree_flatten(g) for _, g in parts]
+    for index, (name, grad) in enumerate(tree_flatten(grads)):
+        expected = sum(n * p[index][1] for n, p in zip(counts, pairs, strict=True)) / sum(counts)
+        assert mx.allclose(grad, expected, rtol=1e-3, atol=1e-6), name
+
+
+def test_rows_are_packed_by_what_counts():
+    ids, at, targets, mask = sft.pack([Text((5, 6, 7, 8), 2), Text((1, 2), 1)])
+    assert ids.shape == (2, 32) and at.shape == (2, 8)
+    assert ids[0, :4].tolist() == [5, 6, 7, 0], "the last token is only predicted"
+    assert at[0, :2].tolist() == [1, 2] and targets[0, :2].tolist() == [7, 8]
+    assert mask.tolist() == [[1, 1, *[0] * 6], [1, *[0] * 7]]
+
+
+def test_it_learns_and_validates_when_asked():
+    loaded = attached()
+    e = stage(iters=20, steps_per_eval=15, learning_rate=3e-2)
+    seen = run(loaded, e, TEXTS, valid=TEXTS[:3])
+    losses = [m["loss"] for m in seen]
+    assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
+    assert [s for s, m in enumerate(seen) if "valid_loss" in m] == [14, 19]
+    expected = sft.mean_loss(loaded.model, *sft.pack(TEXTS[:3])).item()
+    assert seen[-1]["valid_loss"] == pytest.approx(expected, rel=1e-4)
+    assert seen[-1]["valid_loss"] == pytest.approx(sft.validate(loaded.model, TEXTS[:3], e))
+    assert all(m["scale"] == 2.0 and m["update_taken"] == 1.0 for m in seen)
+    assert not loaded.model.training
+
+
+def test_a_run_is_a_function_of_its_seed_and_can_be_cut_anywhere():
+    e = stage(lora_parameters={"dropout": 0.2}, iters=5)
+    one, two, other = (attached(dropout=0.2) for _ in range(3))
+    seen = run(one, e)
+    optimizer = optimizer_of(e)
+    first = run(two, e.model_copy(update={"iters": 3}), optimizer=optimizer)
+    second = run(two, e, optimizer=optimizer, start=3, before=first[-1])
+    assert first + second == seen
+    a, b = weights(one), weights(two)
+    assert all(np.array_equal(a[k], b[k]) for k in a)
+    assert run(other, e.model_copy(update={"seed": 1})) != seen
+
+
+def test_dropout_is_on_in_training_only():
+    e = stage(iters=1, lora_parameters={"dropout": 0.5})
+    without = run(attached(), e)[0]["loss"]
+    loaded = attached(dropout=0.5)
+    assert sft.validate(loaded.model, TEXTS, e) == sft.validate(loaded.model, TEXTS, e)
+    assert run(loaded, e)[0]["loss"] != without
+
+
+def test_a_non_finite_gradient_leaves_all_as_it_was_and_three_stop_the_run(monkeypatch):
+    loaded, e = attached(), stage(iters=9, optimizer="adam")
+    optimizer = optimizer_of(e)
+    run(loaded, stage(iters=2), optimizer=optimizer)
+    before, state = weights(loaded), [np.array(v) for _, v in tree_flatten(optimizer.state)]
+    real = sft.mean_loss
+    monkeypatch.setattr(sft, "mean_loss", lambda *a: real(*a) * mx.array(float("nan")))
+    with pytest.raises(Diverged, match="3 updates in a row"):
+        run(loaded, e, optimizer=optimizer)
+    after = weights(loaded)
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+    kept = [np.array(v) for _, v in tree_flatten(optimizer.state)]
+    assert all(np.array_equal(a, b) for a, b in zip(state, kept, strict=True))
+
+
+def step_of(**keys) -> dict[str, np.ndarray]:
+    """What one step of SGD does to the weights."""
+    loaded = attached()
+    before = weights(loaded)
+    e = stage(iters=1, optimizer="sgd", **keys)
+    run(loaded, e)
+    return {k: v - before[k] for k, v in weights(loaded).items()}
+
+
+def test_lora_plus_lengthens_the_steps_of_b_alone():
+    plain, plus = step_of(), step_of(lora_parameters={"lora_plus_ratio": 4.0})
+    for name, moved in plain.items():
+        ratio = 4.0 if name.endswith("lora_b") else 1.0
+        assert np.abs(moved).max() > 0
+        assert np.allclose(plus[name], ratio * moved, rtol=1e-3, atol=1e-7), name
+
+
+def test_gradients_are_shortened_only_when_asked():
+    norm = run(attached(), stage(iters=1))[0]["grad_norm"]
+    plain, short = step_of(), step_of(sft={"max_grad_norm": norm / 10})
+    for name, moved in plain.items():
+        assert np.allclose(short[name], moved / 10, rtol=1e-3, atol=1e-7), name
+
+
+def test_the_rate_is_constant_unless_scheduled():
+    e = stage(learning_rate=1e-3)
+    assert [learning_rate(e, s) for s in range(3)] == [1e-3] * 3
+    schedule = {"name": "linear_schedule", "arguments": [1e-2, 0.0, 10]}
+    seen = run(attached(), stage(lr_schedule=schedule))
+    assert [m["learning_rate"] for m in seen] == pytest.approx([0.01, 0.009, 0.008, 0.007])
+
+
+def test_epochs_are_steps():
+    assert lasting(stage(), 5).iters == 4
+    assert lasting(Stage(method="sft", epochs=2.0, batch_size=4), 9).iters == 5
+
+
+DEMO = models.load("demo")
+ROWS = [
+    (1, {"prompt": "How many legs has a duck?", "completion": "Two."}),
+    (2, {"text": "A duck has two legs."}),
+]
+
+
+def texts_of(rows, **options):
+    settings = {"limit": 100, "mask_prompt": False} | options
+    return data.training_texts(DEMO, rows, "rows", **settings)
+
+
+def test_rows_become_texts_as_mlx_lm_makes_them():
+    (pair, plain), cut = texts_of(ROWS)
+    eos = models.eos_ids(DEMO.tokenizer)
+    assert cut == 0 and pair.start == plain.start == 1
+    assert pair.ids[-1] in eos and plain.ids[-1] in eos
+    assert "legs" in DEMO.tokenizer.decode(list(pair.ids[:-6]))
+    ((masked,), _) = texts_of(ROWS[:1], mask_prompt=True)
+    assert DEMO.tokenizer.decode(list(masked.ids[masked.start : -1])) == "Two."
+    ((short, _), cut) = texts_of(ROWS, limit=len(pair.ids) - 2)
+    assert short.ids == pair.ids[:-2] and cut == 1
+
+
+def test_rows_with_nothing_to_learn_are_named():
+    with pytest.raises(ConfigError) as caught:
+        texts_of([*ROWS, (7, {"completion": "x"})], mask_prompt=True, limit=6)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("rows:1: its prompt alone fills 6 tokens")
+    assert lines[1].startswith("rows:2: mask_prompt") and lines[2].startswith("rows:7: needs")
+
+
+def test_data_is_a_file_or_a_folder_with_train(tmp_path):
+    with pytest.raises(ConfigError, match="no file or folder") as caught:
+        data.files_of("mlx-community/WikiSQL")
+    assert "hub" in caught.value.hint
+    with pytest.raises(ConfigError, match=r"no train\.jsonl"):
+        data.files_of(str(tmp_path))
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROWS[1][1]) + "\n")
+    assert data.files_of(str(tmp_path)).keys() == {"train", "valid"}
+    assert data.files_of(str(tmp_path / "train.jsonl")).keys() == {"train"}
+
+
+def test_a_batch_is_drawn_from_step_and_seed():
+    batches = [data.draw(range(5), step, 2, 0) for step in range(5)]
+    assert batches == [data.draw(range(5), step, 2, 0) for step in range(5)]
+    flat = [x for batch in batches for x in batch]
+    assert sorted(flat[:5]) == sorted(flat[5:]) == list(range(5))
