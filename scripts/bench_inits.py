@@ -23,7 +23,7 @@ from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, calibration_rows
 from mlx_lora.check import gate
 from mlx_lora.check.probes import read
-from mlx_lora.experiment import optimizer_of
+from mlx_lora.optimizers import optimizer_of
 from mlx_lora.rl import grpo
 from mlx_lora.rl.evaluate import judge, wilson
 from mlx_lora.runlog import Clock, commit, json_safe

@@ -22,7 +22,7 @@ from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, lora_layers
 from mlx_lora.check import gate
 from mlx_lora.errors import UserError
-from mlx_lora.experiment import optimizer_of
+from mlx_lora.optimizers import optimizer_of
 from mlx_lora.rl import grpo
 from mlx_lora.runlog import Clock, commit, json_safe
 from mlx_lora.tasks import load_task
