@@ -232,7 +232,13 @@ class Es(Block):
 
 class Monitor(Block):
     every: Count = 10
-    """Steps between measurements of the KL to the base, and between kept samples."""
+    """Steps between measurements of the KL and of gradients by module, and between kept samples."""
+    check_every: Whole = 50
+    """Steps between looks at the model's soundness while it trains. 0: none."""
+    policy: Literal["warn", "stop", "rollback"] = "warn"
+    """What follows when it is not sound: an alert; also stop, or go back to the last sound step."""
+    cooldown: Whole = 100
+    """Steps after such an alert in which it is not repeated."""
 
 
 class Eval(Block):

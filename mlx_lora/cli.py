@@ -157,8 +157,9 @@ def run_experiment(
     with clock.measure("import"):
         from mlx_lora import experiment as experiments
         from mlx_lora.check.show import print_report
+        from mlx_lora.guard import Unhealthy
+        from mlx_lora.optimizers import Diverged
         from mlx_lora.progress import console
-        from mlx_lora.rl.grpo import Diverged
 
     try:
         summary = experiments.run(experiment, run_dir, console(), clock=clock, resume=resume)
@@ -171,9 +172,11 @@ def run_experiment(
         else:
             print_report(failed.report)
         raise typer.Exit(1) from None
-    except Diverged as stopped:
+    except (Diverged, Unhealthy) as stopped:
         if as_json:
-            print_json({"error": {"type": "Diverged", "message": str(stopped), "hint": ""}})
+            print_json(
+                {"error": {"type": type(stopped).__name__, "message": str(stopped), "hint": ""}}
+            )
         typer.echo(f"Stopped: {stopped}", err=True)
         raise typer.Exit(1) from None
     if as_json:

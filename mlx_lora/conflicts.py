@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlx_lora.blocks import INSTEAD, QUANTIZATION, rslora_spelled_out
+from mlx_lora.blocks import INSTEAD, QUANTIZATION
 from mlx_lora.schema import RL, Experiment, Stage
 from mlx_lora.yamlfile import KeyPath
 
@@ -23,7 +23,6 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     blocks: dict[str, dict[str, Any]] = {
         name: given(raw.get(name)) for name in ("lora_parameters", "rollout", "quantize", "es")
     }
-    blocks["lora_parameters"] = rslora_spelled_out(blocks["lora_parameters"])
     for path, block in [((), top), *(((name,), block) for name, block in blocks.items())]:
         for new, old in INSTEAD.items():
             if new in block and old in block:

@@ -52,7 +52,7 @@ def draw(history: History, path: Path) -> None:
 
 def panel(axes: "Axes", history: History, name: str) -> None:
     """One metric over the steps; where it was not measured the line goes through."""
-    steps, values = column(history, name)
+    (steps, values), title = column(history, name), PANELS[name][0]
     if name in ("reward", "loss"):
         axes.plot(steps, values, ".", color=USED, alpha=0.35, markersize=4)
         axes.plot(steps, running_mean(values), color=USED, label=f"mean of {WINDOW} steps")
@@ -67,14 +67,29 @@ def panel(axes: "Axes", history: History, name: str) -> None:
             "o-" if len(values) < len(history) else "-",
             color=USED,
             ms=3,
-            clip_on=False,
         )
-        axes.set_ylim(0, max(values.max() * 1.15, 1e-9))
-    axes.set_title(PANELS[name][0], loc="left", color=QUIET)
+        title += beyond(values)
+        axes.set_ylim(0, ceiling(values))
+    axes.set_title(title, loc="left", color=QUIET)
     axes.set_xlim(-0.02 * len(history) - 0.5, len(history) * 1.02 - 0.5)
     axes.grid(axis="y", color="#eeeeee")
     axes.set_axisbelow(True)
     whole(axes.xaxis)
+
+
+def ceiling(values: np.ndarray) -> float:
+    """The top of an axis that begins at 0: one wild step may not flatten all others."""
+    return max(1.15 * min(values.max(), 3 * float(np.quantile(values, 0.95))), 1e-9)
+
+
+def beyond(values: np.ndarray) -> str:
+    """
+    >>> beyond(np.array([1.0] * 40 + [9.0])), beyond(np.array([1.0, 2.0]))
+    (' (1 step above the axis, up to 9)', '')
+    """
+    count = int((values > ceiling(values)).sum())
+    steps = "step" if count == 1 else "steps"
+    return f" ({count} {steps} above the axis, up to {values.max():.3g})" if count else ""
 
 
 def column(history: History, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -48,7 +48,8 @@ def memory_gb() -> float | None:
     """What MLX may use: the GPU's working set, or the machine's memory."""
     if cpu.active():
         return round(cpu.memory_bytes() / 1e9, 1)
-    return round(mx.device_info().get("max_recommended_working_set_size", 0) / 1e9, 1) or None
+    size: Any = mx.device_info().get("max_recommended_working_set_size")
+    return round(size / 1e9, 1) if size else None
 
 
 def advice() -> list[str]:

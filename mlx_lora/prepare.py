@@ -56,9 +56,9 @@ def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console)
         began = time.perf_counter()
         probes = read(loaded)
         prints = fingerprint(loaded, probes)
-        config, expect = attach(loaded, experiment)
+        config, expect, about = attach(loaded, experiment)
         init = label(e.init.name, e.init.options) if expect == "same" else None
-        report = gate.judge(loaded, probes, prints, expect, init, began, e.seed)
+        report = gate.judge(loaded, probes, prints, expect, init, began, e.seed, about=about)
     judged(report, log, console)
     rebased = e.init.name in REBASING and not e.resume_adapter_file
     if (loaded.quantized_here or rebased) and not (log.folder / "base").exists():
@@ -75,13 +75,17 @@ def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console)
     return Prepared(loaded, config, probes, prints, report, e.seed)
 
 
-def attach(loaded: Loaded, experiment: Experiment) -> tuple[dict[str, Any], str]:
-    """Attach what the experiment asks for. Returns the adapter's config, and what to expect."""
+def attach(
+    loaded: Loaded, experiment: Experiment
+) -> tuple[dict[str, Any], str, dict[str, Any] | None]:
+    """Attach what the experiment asks for.
+
+    Returns the adapter's config, what to expect, and what an adapter from disk records of its base.
+    """
     e = experiment.first
-    about = {"base": models.identity(loaded)}
     if e.resume_adapter_file is not None:
-        folder = files.folder_of(e.resume_adapter_file)
-        return files.load(loaded.model, folder) | about, "healthy"
+        config = files.load(loaded.model, files.folder_of(e.resume_adapter_file))
+        return config | {"base": models.identity(loaded)}, "healthy", config.get("base")
     lora = e.lora_parameters
     config = attaching.attach(
         loaded,
@@ -97,7 +101,7 @@ def attach(loaded: Loaded, experiment: Experiment) -> tuple[dict[str, Any], str]
         rows=attaching.calibration_rows(e),
     )
     loaded.model.eval()  # new layers drop inputs until they are told not to
-    return config | about, "same"
+    return config | {"base": models.identity(loaded)}, "same", None
 
 
 def check_again(prepared: Prepared, log: RunLog, clock: Clock, console: Console) -> gate.Report:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich.markup import escape
+
 from mlx_lora.optimizers import Metrics
 from mlx_lora.progress import Watcher
 from mlx_lora.rl import monitor
@@ -49,13 +51,17 @@ class Recorder:
                 for record in shown(step, groups):
                     self.log.append(SAMPLES, record)
             for finding in monitor.fresh(self.history, self.seen):
-                self.log.append(ALERTS, {"step": step, **asdict(finding)})
-                if self.watcher:
-                    self.watcher.console.print(
-                        f"[yellow]step {step}: {finding.message}.[/] {finding.action}"
-                    )
+                self.alert(step, asdict(finding))
         if self.watcher:
             self.watcher.update(step, metrics)
+
+    def alert(self, step: int, finding: Mapping[str, Any]) -> None:
+        """A line in alerts.jsonl and on the terminal."""
+        self.saw(finding)
+        self.log.append(ALERTS, {"step": step, **finding})
+        if self.watcher:
+            words = f"[yellow]step {step}: {escape(finding['message'])}.[/] {finding['action']}"
+            self.watcher.console.print(words)
 
 
 def shown(step: int, groups: Sequence[Group]) -> list[dict[str, Any]]:

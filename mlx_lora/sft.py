@@ -16,6 +16,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
+from mlx_lora.adapter.attach import lora_layers
 from mlx_lora.adapter.schedules import (
     scale_as_array,
     scale_at,
@@ -93,7 +94,7 @@ def compiled_update(
     """(a packed batch) -> its loss and gradient norm, after one step of the optimizer."""
     split_head(model)  # tried on real numbers, which tracing has none of
     optimizer.init(model.trainable_parameters())
-    state: list[Any] = [model.state, optimizer.state, mx.random.state]
+    state: list[Any] = [model.state, optimizer.state, mx.random.state, *remembered(model)]
     limit = e.sft.max_grad_norm or NO_LIMIT
     ratio = e.lora_parameters.lora_plus_ratio
 
@@ -103,6 +104,15 @@ def compiled_update(
         return loss, step_if_finite(model, optimizer, grads, limit, ratio)
 
     return update
+
+
+def remembered(model: nn.Module) -> list[dict[str, mx.array]]:
+    """The starts that weight decay pulls to, which may be the arrays that training begins with.
+
+    Handed to the compiled step, because it may not hold one of its inputs as a constant.
+    """
+    kept = (vars(layer).get("_start") for layer in lora_layers(model).values())
+    return [start for start in kept if start]
 
 
 def step_if_finite(

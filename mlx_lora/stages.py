@@ -14,6 +14,7 @@ from mlx_lora import curves, data, models, sft
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import remember_start
 from mlx_lora.data import Text
+from mlx_lora.guard import Guard, Unhealthy
 from mlx_lora.optimizers import optimizer_of
 from mlx_lora.prepare import CHECK, Prepared, check_again
 from mlx_lora.progress import watch
@@ -159,7 +160,8 @@ def train(
             steps = loop(
                 loaded, inputs, e, optimizer, clock, recorder, start=start, before=before, **options
             )
-            follow(steps, start, e, prepared, optimizer, log, clock)
+            guard = Guard(e, prepared, recorder)
+            follow(steps, start, e, prepared, optimizer, guard, log, clock)
     finally:
         for folder in folders:
             files.save(model, prepared.config, folder)
@@ -176,22 +178,29 @@ def follow(
     e: Stage,
     prepared: Prepared,
     optimizer: optim.Optimizer,
+    guard: Guard,
     log: RunLog,
     clock: Clock,
 ) -> None:
-    """Run the steps. What stops them leaves the last whole one behind, Ctrl-C a checkpoint too."""
+    """Run the steps under guard.
+
+    What stops them leaves the last whole step behind, Ctrl-C a checkpoint too.
+    """
     model, folder = prepared.loaded.model, log.folder / CHECKPOINTS
 
     def keep() -> None:
         checkpoints.save(folder, last.steps_done, model, optimizer, prepared.config)
 
     last = Snapshot.take(start, model, optimizer)
+    guard.start(last)
     try:
         for step in steps:
-            last = Snapshot.take(step + 1, model, optimizer)
+            last = guard.after(step + 1, model, optimizer)
             if last.steps_done % e.save_every == 0:
                 with clock.measure("checkpoint", kind="step"):
                     keep()
+    except Unhealthy:
+        raise  # the guard has put the last healthy step back
     except BaseException as error:
         last.put_back(model, optimizer)
         behind = checkpoints.steps_done(folder) < last.steps_done

@@ -25,13 +25,15 @@ batch_size: 2
 lora_parameters: {rank: 4, scale: 4.0}
 scale_schedule: {name: linear, start: 0.1, until: 0.8}
 """
+STILL = EXPERIMENT.replace("scale_schedule:", "# no schedule:")
 FACTORS = [0.1 + 0.9 * min(1.0, step / 6 / 0.8) for step in range(6)]
 TEXTS = [Text(tuple(range(first, first + 6)), 3) for first in (1, 7, 20, 33)]
 
 
-def fresh() -> Loaded:
+def fresh(init: str = "zero", dropout: float = 0.0) -> Loaded:
     model = tiny("llama")
-    attach(model, rank=4, scale=4.0, keys=["v_proj"], num_layers=1)
+    attach(model, rank=4, scale=4.0, keys=["v_proj"], num_layers=1, init=init, dropout=dropout)
+    model.eval()
     return Loaded(model, None, {}, "tiny", Path(), False)
 
 
@@ -39,9 +41,9 @@ def weights(loaded: Loaded) -> dict[str, mx.array]:
     return dict(tree_flatten(loaded.model.trainable_parameters()))
 
 
-def trained(text: str = EXPERIMENT) -> dict[str, mx.array]:
+def trained(text: str = EXPERIMENT, **options) -> dict[str, mx.array]:
     """By the loop of the package."""
-    loaded, e = fresh(), config.from_text(text)
+    loaded, e = fresh(**options), config.from_text(text)
     optimizer = optim.SGD(learning_rate=e.learning_rate)
     list(sft.train(loaded, TEXTS, e, optimizer, Clock(), lambda step, metrics: None))
     return weights(loaded)
@@ -74,24 +76,25 @@ def apart(a: dict[str, mx.array], b: dict[str, mx.array]) -> float:
 
 
 def main() -> None:
+    """Prints how far apart compiled runs are from what they should equal."""
     assert cpu.mode() in ("plain", "gpu"), "the CPU's fast path does not compile"
     cpu.settle()
-    expected = by_hand()
+    expected, moved = by_hand(), {"init": "gaussian", "dropout": 0.5}
+    moved_expected = trained(STILL, **moved)
     mx.enable_compile()
     traces = []
-    real_loss, real_scale = sft.mean_loss, sft.scale_as_array
+    real = sft.mean_loss
 
     def counted(*args):
         traces.append(1)
-        return real_loss(*args)
+        return real(*args)
 
     sft.mean_loss = counted
-    compiled = apart(trained(), expected)
-    count = len(traces)
+    found = {"compiled": apart(trained(), expected), "traces": len(traces)}
+    found["moved"] = apart(trained(STILL, **moved), moved_expected)
     sft.scale_as_array = contextlib.nullcontext  # what a Python number in the layers would do
-    frozen = apart(trained(), expected)
-    sft.scale_as_array = real_scale
-    print(json.dumps({"compiled": compiled, "frozen": frozen, "traces": count}))
+    found["frozen"] = apart(trained(), expected)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

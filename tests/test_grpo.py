@@ -272,6 +272,17 @@ FIRE = {
     ),
     "kl_runaway": (history(kl=[0.1, 2.1]), history(kl=[0.1, 2.0])),
     "sampler_mismatch": (history(mismatch_kl=[0.011]), history(mismatch_kl=[0.01])),
+    "gradient_vanished": (history(grad_norm=[1e-8] * 5), history(grad_norm=[1.1e-8] * 5)),
+    "gradient_exploded": (
+        history(grad_norm=[0.1] * 10 + [10.1]), history(grad_norm=[0.1] * 10 + [9.9])
+    ),
+    "dead_modules": (
+        history(grad_dead_modules=[0, 2, 1]), history(grad_dead_modules=[2, 2, 0])
+    ),
+    "overfitting": (
+        history(valid_loss=[1.0, 1.03, 1.03], loss=[1.0, 0.9, 0.8]),
+        history(valid_loss=[1.0, 1.02, 1.03], loss=[1.0, 0.9, 0.8]),
+    ),
 }  # fmt: skip
 
 
@@ -289,3 +300,17 @@ def test_a_finding_is_reported_once_a_run():
     fires = FIRE["empty_answers"][0]
     assert [f.name for f in monitor.fresh(fires, seen)] == ["empty_answers"]
     assert monitor.fresh(fires, seen) == []
+
+
+def test_dead_modules_and_the_largest_share_are_counted():
+    model = tiny(bits=4)
+    attach(model, keys=["q_proj"])
+    packed = learner.pack(rows(), np.array([1.0, -1.0]))
+    options = {"temperature": 1.0, "beta": 0.0, "measure_kl": False}
+    _, grads = learner.gradients(model, packed, losses.bind("dapo", {}), **options)
+    health = learner.gradient_health(grads)
+    assert health["grad_dead_modules"] == 0 and 0.5 <= health["grad_largest_share"] < 1
+    cut = grads["model"]["layers"][0]["self_attn"]["q_proj"]
+    cut["lora_a"], cut["lora_b"] = mx.zeros_like(cut["lora_a"]), mx.zeros_like(cut["lora_b"])
+    health = learner.gradient_health(grads)
+    assert health == {"grad_dead_modules": 1, "grad_largest_share": 1}

@@ -32,7 +32,7 @@ LAYERS = [  # each may import from its own row and from those above it
     ["check", "spectral"],
     ["rl", "sft"],
     ["ship"],
-    ["curves", "prepare", "recorder", "unsupported"],
+    ["curves", "prepare", "recorder", "guard", "unsupported"],
     ["experiment", "stages"],
     ["doctor", "listing", "plan", "show", "cli", "__init__", "__main__"],
 ]

@@ -4,8 +4,8 @@ import pytest
 
 from mlx_lora import models
 from mlx_lora.errors import RunError
+from mlx_lora.rl import rejection
 from mlx_lora.rl.rejection import harvest, sifted
-from mlx_lora.rl.rollout import rollout
 from mlx_lora.schema import Stage
 from mlx_lora.tasks import load_task
 from mlx_lora.types import Group, Reward, Rollout, Sample
@@ -60,8 +60,16 @@ def test_samples_are_the_models_own_and_repeatable():
     samples = {s.prompt: s for s in task.load("train", 24, 0)}
     for row in found.rows:
         assert task.reward(samples[row["prompt"]], row["completion"]).value == row["reward"] == 1.0
-    options = e.rollout.model_dump() | {"group": 8, "seed": 0}
-    block = list(samples.values())[:4]
-    training = rollout(loaded, task, block, step=0, **options)
-    texts = {r.text for g in training for r in g.rollouts}
-    assert texts != {row["completion"] for row in found.rows[: len(texts)]}
+
+
+def test_no_step_of_training_draws_the_same_numbers(monkeypatch):
+    steps: list[int] = []
+
+    def listening(loaded, task, samples, *, step, **options):
+        steps.append(step)
+        return [group(s.prompt, ("a", 1.0)) for s in samples]
+
+    monkeypatch.setattr(rejection, "rollout", listening)
+    e = Stage.model_validate({"method": "sft", "task": "countdown", "rejection_sampling": {}})
+    rejection.harvest(models.load("demo"), load_task("countdown"), e)
+    assert len(steps) == len(set(steps)) == 512 // 16 and max(steps) < 0

@@ -123,7 +123,7 @@ def test_a_scheduled_run_equals_one_with_the_scale_set_by_hand():
     cpu.settle()  # as loading a model does
     trained = compiled_sft.trained()
     assert compiled_sft.apart(trained, compiled_sft.by_hand()) < 1e-6
-    without = compiled_sft.trained(compiled_sft.EXPERIMENT.replace("scale_schedule:", "#"))
+    without = compiled_sft.trained(compiled_sft.STILL)
     assert compiled_sft.apart(trained, without) > 1e-2
 
 
@@ -138,6 +138,7 @@ def test_and_so_does_a_compiled_one():
     found = json.loads(done.stdout)
     assert found["traces"] == 1, "six steps of one shape: the loss is traced once"
     assert found["compiled"] < 1e-6
+    assert found["moved"] < 1e-6, "a start that is remembered, and dropout"
     assert found["frozen"] > 1e-2, "a number in place of an array should stay what it was at first"
 
 

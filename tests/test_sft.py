@@ -119,7 +119,9 @@ def test_dropout_is_on_in_training_only():
     without = run(attached(), e)[0]["loss"]
     loaded = attached(dropout=0.5)
     assert sft.validate(loaded.model, TEXTS, e) == sft.validate(loaded.model, TEXTS, e)
-    assert run(loaded, e)[0]["loss"] != without
+    (metrics,) = run(loaded, e, valid=TEXTS)
+    assert metrics["loss"] != without
+    assert metrics["valid_loss"] == sft.validate(loaded.model, TEXTS, e)
 
 
 def test_a_non_finite_gradient_leaves_all_as_it_was_and_three_stop_the_run(monkeypatch):

@@ -28,7 +28,7 @@ save_every: 2
 stages:
 - method: sft
   rejection_sampling: {problems: 16, samples: 4, keep: 2}
-  scale_schedule: {name: linear, start: 0.2, until: 0.5}
+  scale_schedule: {name: linear, start: 0.2, until: 1.0}
   iters: 3
   batch_size: 4
 - method: grpo
@@ -110,8 +110,9 @@ def test_every_stage_leaves_its_files(whole):
 def test_rl_refers_to_where_it_began_and_keeps_the_scale_it_found(whole):
     folder, _ = whole
     warm, rl = (metrics(folder / "stages" / name) for name in STAGES)
-    assert [m["scale"] for m in warm] == pytest.approx([4.0, 4.0 + 16.0 * 2 / 3, 20.0])
-    assert [m["scale"] for m in rl] == [20.0] * 3
+    assert [m["scale"] for m in warm] == pytest.approx([4.0, 4.0 + 16 / 3, 4.0 + 32 / 3])
+    assert [m["scale"] for m in rl] == [warm[-1]["scale"]] * 3
+    assert all(m["tokens_trained"] <= 4 * 13 for m in warm), "prompts carry no loss"
     assert [m["update_taken"] for m in rl] == [1.0] * 3, "else a lost optimizer would not show"
     assert rl[0]["kl"] == 0.0 < rl[1]["kl"], (
         "the reference is the adapter that the warm start left behind"

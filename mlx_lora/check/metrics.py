@@ -103,7 +103,8 @@ def adapter_facts(side: Side, probes: Probes) -> dict[str, Any]:
     layers = lora_layers(side.model)
     module, size = largest_update(layers)
     broken = [n for n, m in layers.items() if not is_finite(m)]
-    norms = {n: float(mx.square(m.lora_b).sum().item()) ** 0.5 for n, m in layers.items()}
+    squares: dict[str, Any] = {n: mx.square(m.lora_b).sum() for n, m in layers.items()}
+    norms = {n: float(square) ** 0.5 for n, square in squares.items()}
     norm = float(np.sqrt(sum(x**2 for x in norms.values())))
     return {
         "b_norm": norm if layers else None,

@@ -120,6 +120,25 @@ def read_both(base: Side, adapted: Side, probes: Probes) -> Reading:
     )
 
 
+def surprise(side: Side, probes: Probes) -> dict[str, float]:
+    """Means over the scored tokens for one side alone: `nll` and `entropy`, in nats."""
+    nll, uncertainty = [], []
+    for block in blocks_of(probes, vocabulary_size(side.model)):
+        reader = Reader(side, block.ids_NT)
+        for start in block.starts:
+            logits_NtV = reader.at(start)
+            row_K, at_K = np.nonzero(block.scored_NT[:, start : start + CHUNK])
+            targets_K = mx.array(block.targets_NT[row_K, at_K + start])
+            places_K = mx.array(row_K * logits_NtV.shape[1] + at_K)
+            logps_KV = log_softmax(logits_NtV.reshape(-1, logits_NtV.shape[-1])[places_K])
+            nll.append(-np.array(mx.take_along_axis(logps_KV, targets_K[:, None], axis=-1)[:, 0]))
+            uncertainty.append(np.array(entropy(logps_KV)))
+    return {
+        "nll": float(np.concatenate(nll).mean()),
+        "entropy": float(np.concatenate(uncertainty).mean()),
+    }
+
+
 def compared(
     p_NtV: mx.array, q_NtV: mx.array, places_K: np.ndarray, targets_K: np.ndarray
 ) -> np.ndarray:

@@ -16,7 +16,7 @@ from mlx_lora.data import draw
 from mlx_lora.models import Loaded
 from mlx_lora.optimizers import Diverged, Metrics, Patience, learning_rate
 from mlx_lora.rl.advantages import advantages, zero_variance
-from mlx_lora.rl.learner import apply, gradients, pack
+from mlx_lora.rl.learner import apply, gradient_health, gradients, pack
 from mlx_lora.rl.losses import losses
 from mlx_lora.rl.rollout import rewards, rollout
 from mlx_lora.runlog import Clock
@@ -99,6 +99,7 @@ def update(
         beta=e.grpo.beta,
         measure_kl=wants_kl(e, step),
     )
+    more = gradient_health(grads) if (step + 1) % e.monitor.every == 0 else {}
     ratio = e.lora_parameters.lora_plus_ratio
     norm, taken = apply(model, optimizer, grads, e.grpo.max_grad_norm, lora_plus=ratio)
     return {k: cast(float, v.item()) for k, v in measured.items()} | {
@@ -106,6 +107,7 @@ def update(
         "update_taken": float(taken),
         "learning_rate": float(optimizer.learning_rate),
         "tokens_trained": packed.tokens,
+        **more,
     }
 
 

@@ -176,5 +176,19 @@ def step(model: nn.Module, optimizer: optim.Optimizer, grads: Any, lora_plus: fl
     model.update(tree_map_with_path(longer, now, before))
 
 
+def gradient_health(grads: Any) -> dict[str, float]:
+    """How the gradient is spread over modules: how many have none, and the largest one's share."""
+    norms: dict[str, list[mx.array]] = {}
+    g: Any
+    for name, g in tree_flatten(grads):
+        norms.setdefault(name.rpartition(".")[0], []).append(mx.square(g).sum())
+    squares = np.array(mx.stack([mx.stack(parts).sum() for parts in norms.values()]))
+    total = float(squares.sum())
+    return {
+        "grad_dead_modules": float((squares == 0).sum()),
+        "grad_largest_share": float(squares.max() / total) if total > 0 else 0.0,
+    }
+
+
 def trainable_count(model: nn.Module) -> int:
     return sum(v.size for _, v in tree_flatten(model.trainable_parameters()))

@@ -104,6 +104,57 @@ def sampler_mismatch(history: History, *, limit: float = 0.01) -> Finding | None
     return Finding("sampler_mismatch", "", message, action)
 
 
+@watchers.add
+def gradient_vanished(history: History, *, window: int = 5, limit: float = 1e-8) -> Finding | None:
+    """The gradient has all but gone, so nothing is learned any more."""
+    now = recent(history, "grad_norm", window)
+    if now is None or now > limit:
+        return None
+    message = f"the gradient's mean norm over {window} steps is {now:.1e}"
+    action = "Check that the adapter has an effect (`mlx-lora check`), and the rewards a spread."
+    return Finding("gradient_vanished", "", message, action)
+
+
+@watchers.add
+def gradient_exploded(history: History, *, window: int = 10, times: float = 100) -> Finding | None:
+    """The gradient is many times what it was."""
+    norms = [h["grad_norm"] for h in history if "grad_norm" in h]
+    if len(norms) <= window or not norms[-1] > times * float(np.median(norms[:-1])):
+        return None
+    usual = float(np.median(norms[:-1]))
+    message = f"the gradient's norm is {norms[-1]:.2g}, its median so far {usual:.2g}"
+    return Finding("gradient_exploded", "", message, "Lower the learning rate, or max_grad_norm.")
+
+
+@watchers.add
+def dead_modules(history: History, *, window: int = 2) -> Finding | None:
+    """Some modules get no gradient at all."""
+    counts = [h["grad_dead_modules"] for h in history if "grad_dead_modules" in h][-window:]
+    if len(counts) < window or min(counts) == 0:
+        return None
+    message = f"{counts[-1]:.0f} modules have had no gradient at the last {window} measurements"
+    action = "They cost memory and learn nothing: leave them out with lora_parameters.keys."
+    return Finding("dead_modules", "", message, action)
+
+
+@watchers.add
+def overfitting(history: History, *, rises: int = 2, share: float = 0.02) -> Finding | None:
+    """The validation loss rises while the training loss falls."""
+    valid = [(i, h["valid_loss"]) for i, h in enumerate(history) if "valid_loss" in h]
+    best_at, best_loss = min(valid, key=lambda pair: pair[1], default=(0, 0.0))
+    after = [loss for at, loss in valid if at > best_at]
+    if len(after) < rises or min(after) <= best_loss * (1 + share):
+        return None
+    since = [h["loss"] for h in history[best_at:] if "loss" in h]
+    if len(since) < 2 or since[-1] >= since[0]:
+        return None
+    message = (
+        f"the validation loss was {best_loss:.3f} at step {best_at} and is {after[-1]:.3f}, while "
+        f"the training loss fell from {since[0]:.3f} to {since[-1]:.3f}"
+    )
+    return Finding("overfitting", "", message, "Stop earlier, or train on more examples.")
+
+
 def fresh(history: History, seen: set[str]) -> list[Finding]:
     """Findings that have not been reported yet in this run."""
     found = [watchers[name](history) for name in watchers]
