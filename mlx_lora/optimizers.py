@@ -1,6 +1,9 @@
 """What every loop of gradient steps shares: the optimizer, its learning rate, when to give up."""
 
+from typing import Any
+
 import mlx.optimizers as optim
+from mlx.utils import tree_map
 
 from mlx_lora.schema import Stage
 
@@ -31,6 +34,23 @@ def learning_rate(e: Stage, step: int) -> float:
 
         return float(build_schedule(dict(e.lr_schedule))(step))
     return e.learning_rate * (1 - step / e.iters) if e.is_rl else e.learning_rate
+
+
+def copied(tree: Any) -> Any:
+    """New containers with the same arrays, which never change."""
+    return tree_map(lambda leaf: leaf, tree)
+
+
+def overwrite(tree: Any, values: Any) -> None:
+    """Put the leaves of `values` into a tree of the same shape, whose containers stay the same.
+
+    A compiled step holds on to the containers.
+    """
+    for key in tree if isinstance(tree, dict) else range(len(tree)):
+        if isinstance(tree[key], dict | list):
+            overwrite(tree[key], values[key])
+        else:
+            tree[key] = values[key]
 
 
 class Patience:

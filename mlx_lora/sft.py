@@ -27,7 +27,7 @@ from mlx_lora.adapter.schedules import (
 from mlx_lora.data import Text, draw
 from mlx_lora.models import Loaded, split_head
 from mlx_lora.numerics import log_softmax
-from mlx_lora.optimizers import Metrics, Patience, learning_rate
+from mlx_lora.optimizers import Metrics, Patience, copied, learning_rate, overwrite
 from mlx_lora.rl.learner import step as optimizer_step
 from mlx_lora.rl.losses import masked_mean
 from mlx_lora.runlog import Clock
@@ -133,20 +133,6 @@ def step_if_finite(
     model.update(tree_map(chosen, model.trainable_parameters(), weights))
     overwrite(optimizer.state, tree_map(chosen, optimizer.state, state))
     return norm
-
-
-def copied(tree: Any) -> Any:
-    """New containers with the same leaves."""
-    return tree_map(lambda leaf: leaf, tree)
-
-
-def overwrite(tree: Any, values: Any) -> None:
-    """Put the leaves of `values` into a tree of the same shape, whose containers stay the same."""
-    for key in tree if isinstance(tree, dict) else range(len(tree)):
-        if isinstance(tree[key], dict | list):
-            overwrite(tree[key], values[key])
-        else:
-            tree[key] = values[key]
 
 
 def mean_loss(

@@ -20,6 +20,7 @@ import numpy as np
 from mlx_lora import config, models
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, lora_layers
+from mlx_lora.adapter.tensors import digest
 from mlx_lora.check import gate
 from mlx_lora.errors import UserError
 from mlx_lora.optimizers import optimizer_of
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT, PAGE = ROOT / "figures/detection.json", ROOT / "docs/check.md"
 SEEDS, STEPS = (0, 1, 2), 24
 Case = tuple[str, str, str, Callable[[], gate.Report]]  # health or fault, kind, what, the check
-RNG = np.random.default_rng(0)
+NO_RECORD = "no record of base or factors"
 
 
 def main() -> None:
@@ -61,6 +62,7 @@ def record(case: Case) -> dict[str, Any]:
     except UserError as error:
         verdict, reasons, kl, ratio, spoke = "refused", [str(error)[:120]], None, None, ["load"]
     wrong = (verdict == "pass") if side == "fault" else (verdict != "pass")
+    wrong = wrong and NO_RECORD not in kind  # named exceptions, listed but not counted
     return {"side": side, "kind": kind, "what": what, "verdict": verdict, "gates": spoke, "kl": kl,
             "perplexity_ratio": ratio, "wrong": wrong, "reasons": reasons}  # fmt: skip
 
@@ -125,7 +127,8 @@ def healthy(trained: list[Path], folder: Path) -> Iterator[Case]:
         }
         for kind, other in copies.items():
             yield ("health", kind, f"{index}",
-                   lambda a=adapter, b=other: gate.compare(with_adapter(b), with_adapter(a)))  # fmt: skip
+                   lambda a=adapter, b=other: gate.compare(
+                       with_adapter(b), with_adapter(a)))  # fmt: skip
     for bits in (2, 3, 4, 5, 6, 8):
         yield ("health", "the same model twice", f"{bits} bits",
                lambda b=bits: gate.compare(demo(b), demo(b)))  # fmt: skip
@@ -151,6 +154,10 @@ def broken(trained: list[Path], folder: Path) -> Iterator[Case]:
                 yield ("fault", f"{kind}, against the original", f"{index}, {what}",
                        lambda a=made, o=adapter: gate.compare(
                            with_adapter(a), with_adapter(o)))  # fmt: skip
+        for kind, edit in (("swapped A and B", swapped), ("another base", blind)):
+            made = changed(adapter, folder / f"blind{kind}{index}", edit=edit, recorded=False)
+            yield ("fault", f"{kind}, {NO_RECORD}", f"{index}",
+                   lambda a=made: gate.check(demo(), adapter=a))  # fmt: skip
         for size in (0.1, 0.5, 0.9):
             cut = truncated(adapter, folder / f"cut{index}{size}", size)
             yield ("fault", "truncated file", f"{index}, {size:.0%} left",
@@ -164,6 +171,10 @@ def broken(trained: list[Path], folder: Path) -> Iterator[Case]:
     for template in ("{{ messages[0]['content'] }}", "Q: {{ messages[0]['content'] }}"):
         yield ("fault", "wrong chat template", template[:30],
                lambda t=template: gate.compare(templated(t), demo()))  # fmt: skip
+
+
+def blind(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+    return another_basis(tensors, 0)
 
 
 def spoilers() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -195,6 +206,7 @@ def changed(
     edit: Callable | None = None,
     dtype=None,
     foreign: int | None = None,
+    recorded: bool = True,
 ) -> Path:
     """A copy of an adapter folder with something changed."""
     shutil.copytree(adapter, out)
@@ -204,7 +216,11 @@ def changed(
         noise = np.random.default_rng(foreign).standard_normal(len(about["base"]["sketch"]))
         about["base"]["sketch"] = noise.tolist()
     tensors = edit(tensors) if edit else tensors
-    tensors = {k: v.astype(dtype) for k, v in tensors.items()} if dtype else tensors
+    if dtype:  # stored anew by a tool that knows what it does
+        tensors = {k: v.astype(dtype) for k, v in tensors.items()}
+        about["tensors_hash"] = digest(tensors)
+    if not recorded:  # as mlx-lm or PEFT would have saved it
+        about.pop("tensors_hash"), about.pop("base")
     (out / files.CONFIG).write_text(json.dumps(about))
     mx.save_safetensors(str(out / files.WEIGHTS), tensors)
     return out
@@ -216,7 +232,7 @@ def swapped(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
         module = name.removesuffix(".lora_a")
         b = tensors[f"{module}.lora_b"] if name.endswith("lora_a") else a
         if name.endswith("lora_a") and a.shape[0] == b.shape[1]:
-            found[name], found[f"{module}.lora_b"] = 8 * b.T, a.T
+            found[name], found[f"{module}.lora_b"] = b.T, a.T
     return found
 
 
@@ -233,7 +249,7 @@ def another_basis(tensors: dict[str, mx.array], seed: int) -> dict[str, mx.array
         return orders.setdefault(width, mx.array(rng.permutation(width)))
 
     return {
-        k: v[order(v.shape[0])] if k.endswith("lora_a") else 3 * v[:, order(v.shape[1])]
+        k: v[order(v.shape[0])] if k.endswith("lora_a") else v[:, order(v.shape[1])]
         for k, v in tensors.items()
     }
 

@@ -113,6 +113,7 @@ GOOD = Measured(
     non_finite=[],
     zeroed=[],
     base_recorded=None,
+    file_intact=None,
     dropout=0.0,
     probes_hash="p",
     logits_base_hash="l",
@@ -128,6 +129,8 @@ SPEAK = [  # gate, measured, expectation, verdict
     ("structure", replace(GOOD, base_recorded=True), "same", "pass"),
     ("structure", replace(GOOD, base_recorded=False), "healthy", "fail"),
     ("structure", replace(GOOD, zeroed=["q"]), "healthy", "warn"),
+    ("structure", replace(GOOD, file_intact=True), "healthy", "pass"),
+    ("structure", replace(GOOD, file_intact=False), "healthy", "warn"),
     ("identity", GOOD, "same", "pass"),
     ("identity", GOOD, "healthy", "warn"),
     ("identity", GOOD, "changed", "fail"),
@@ -238,3 +241,15 @@ def test_an_adapter_of_another_base_is_a_failure(tmp_path):
     files.save(loaded.model, config | {"base": base}, tmp_path / "other")
     report = gate.check(demo(), adapter=tmp_path / "other")
     assert report.verdict == "fail" and "another base" in report.reasons[0]
+
+
+def test_factors_that_changed_since_they_were_saved_are_named(tmp_path):
+    loaded = demo()
+    config = attach(loaded, init="gaussian", init_options={"std": 0.02})
+    files.save(loaded.model, config, tmp_path)
+    assert gate.check(demo(), adapter=tmp_path).measured.file_intact is True
+    _, tensors = files.read(tmp_path)
+    name = next(n for n in tensors if n.endswith("lora_b"))
+    mx.save_safetensors(str(tmp_path / files.WEIGHTS), tensors | {name: 1.01 * tensors[name]})
+    report = gate.check(demo(), adapter=tmp_path)
+    assert report.verdict == "warn" and "not those that were saved" in report.reasons[0]

@@ -16,6 +16,7 @@ from mlx_lora.data import Text
 from mlx_lora.errors import ConfigError
 from mlx_lora.models import Loaded
 from mlx_lora.optimizers import Diverged, learning_rate, optimizer_of
+from mlx_lora.rl.checkpoints import Snapshot
 from mlx_lora.runlog import Clock
 from mlx_lora.schema import Stage
 from mlx_lora.stages import lasting
@@ -137,6 +138,22 @@ def test_a_non_finite_gradient_leaves_all_as_it_was_and_three_stop_the_run(monke
     assert all(np.array_equal(before[k], after[k]) for k in before)
     kept = [np.array(v) for _, v in tree_flatten(optimizer.state)]
     assert all(np.array_equal(a, b) for a, b in zip(state, kept, strict=True))
+
+
+def test_a_state_can_be_put_back_again_and_again():
+    loaded, e = attached(), stage(iters=9)
+    optimizer = optimizer_of(e)
+    loop = sft.train(loaded, TEXTS[:1], e, optimizer, Clock(), lambda step, metrics: None)
+    begun = Snapshot.take(0, loaded.model, optimizer)
+    next(loop)
+    first, once = Snapshot.take(1, loaded.model, optimizer), weights(loaded)
+    next(loop)
+    twice = weights(loaded)
+    for state, expected in ((first, twice), (begun, once), (first, twice)):
+        state.put_back(loaded.model, optimizer)
+        next(loop)  # on the one text there is
+        after = weights(loaded)
+        assert all(np.array_equal(after[k], expected[k]) for k in after)
 
 
 def step_of(**keys) -> dict[str, np.ndarray]:

@@ -63,8 +63,8 @@ def whole(tmp_path_factory):
     """An uninterrupted run, and its summary."""
     folder, real = tmp_path_factory.mktemp("whole"), gate.judge
 
-    def judge(loaded, probes, prints, expect, *rest):
-        return REPORTS.setdefault(expect, real(loaded, probes, prints, expect, *rest))
+    def judge(*given, **more):
+        return REPORTS.setdefault(given[3], real(*given, **more))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "judge", judge)
@@ -76,7 +76,7 @@ def quick(whole, monkeypatch):
     """No pictures, and the verdicts of the uninterrupted run, which saw the same adapters."""
     for module, name in ((experiment, "write"), (experiment, "plot"), (curves, "draw")):
         monkeypatch.setattr(module, name, lambda *given: None)
-    monkeypatch.setattr(gate, "judge", lambda *given: REPORTS[given[3]])
+    monkeypatch.setattr(gate, "judge", lambda *given, **more: REPORTS[given[3]])
 
 
 def test_every_stage_leaves_its_files(whole):

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora import cpu
 from mlx_lora.adapter.attach import expand_keys, lora_layers, to_lora_layers
-from mlx_lora.adapter.tensors import CONFIG, WEIGHTS, folder_of, padded, read, unpadded
+from mlx_lora.adapter.tensors import CONFIG, WEIGHTS, digest, folder_of, padded, read, unpadded
 from mlx_lora.errors import AdapterError, near
 
 __all__ = ["CONFIG", "WEIGHTS", "folder_of", "load", "put", "read", "save"]
@@ -35,6 +35,7 @@ def save(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
     parameters = {**config["lora_parameters"], "rank": rank, "scale": scales.pop()}
     about = {k: v for k, v in config.items() if k != "rank_pattern"}
     about |= {"lora_parameters": parameters} | ({"rank_pattern": pattern} if pattern else {})
+    about["tensors_hash"] = digest(tensors)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / ".adapters.part.safetensors"
     mx.save_safetensors(str(part), tensors, metadata={"format": "mlx"})

@@ -4,12 +4,14 @@ Where layers have different ranks, the file holds them all at the largest, fille
 `rank_pattern` in the config has the ranks in use: stock mlx-lm computes the same from it.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_lora.errors import AdapterError
 
@@ -59,6 +61,23 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     if wrong or not isinstance(config.get("num_layers", -1), int):
         raise AdapterError(f"{folder / CONFIG} is not sound: {', '.join(wrong) or 'num_layers'}")
     return config, tensors
+
+
+def digest(tensors: Mapping[str, mx.array]) -> str:
+    """A hash of the factors: names, shapes, types and numbers."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        value = tensors[name]
+        found.update(f"{name} {value.shape} {value.dtype}\n".encode())
+        found.update(np.array(value.view(mx.uint8), copy=False).data)
+    return found.hexdigest()
+
+
+def intact(folder: Path) -> bool | None:
+    """Whether the factors are those that were saved with the config; None where it does not say."""
+    config, tensors = read(folder)
+    recorded = config.get("tensors_hash")
+    return None if recorded is None else recorded == digest(tensors)
 
 
 def padded(

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
 from mlx_lora.adapter.inits import label
+from mlx_lora.adapter.tensors import intact
 from mlx_lora.check.gates import Gate, gates, ratio
 from mlx_lora.check.metrics import Measured, measure
 from mlx_lora.check.probes import Probes, read
@@ -102,8 +103,8 @@ def check(
             loaded, init=init, init_options=options, seed=seed, **dict(lora or {})
         )
         expect, start = expect or "same", label(init, options)
-    about = config.get("base")
-    report = judge(loaded, probes, prints, expect, start, begin, seed, limits=limits, about=about)
+    record = {"about": config.get("base"), "file_intact": intact(adapter) if adapter else None}
+    report = judge(loaded, probes, prints, expect, start, begin, seed, limits=limits, **record)
     return replace(report, config=config)
 
 
@@ -141,14 +142,14 @@ def judge(
     seed: int,
     *,
     limits: Limits | None = None,
-    about: Mapping[str, Any] | None = None,
+    **record: Any,
 ) -> Report:
     """Measure the attached model against its base and let every gate speak.
 
-    `about` is what the adapter records of the base it was trained on.
+    `record` goes to `measure`: what the adapter on disk says of its base, and of itself.
     """
     sides = Side(loaded, off=True), Side(loaded)
-    return judged(*sides, probes, prints, expect, init, begin, seed, limits=limits, about=about)
+    return judged(*sides, probes, prints, expect, init, begin, seed, limits=limits, **record)
 
 
 def judged(
@@ -162,10 +163,10 @@ def judged(
     seed: int,
     *,
     limits: Limits | None = None,
-    about: Mapping[str, Any] | None = None,
+    **record: Any,
 ) -> Report:
     measured, reading = measure(
-        base, adapted, probes, prints, sample_tokens=SAMPLE_TOKENS, seed=seed, about=about
+        base, adapted, probes, prints, sample_tokens=SAMPLE_TOKENS, seed=seed, **record
     )
     bound = [gates.bind(name, (limits or {}).get(name, {})) for name in gates]
     said = [g for gate in bound if (g := gate(measured, expect, init)) is not None]

@@ -64,6 +64,9 @@ def structure(m: Measured, expect: str, init: str | None) -> Gate:
     if m.base_recorded is False:
         text = "the adapter was trained on another base: its record and these weights do not agree"
         return Gate("structure", "fail", None, text)
+    if m.file_intact is False:
+        text = "the factors are not those that were saved with this adapter_config.json"
+        return Gate("structure", "warn", None, text)
     if m.zeroed:
         shown = ", ".join(m.zeroed[:3])
         text = f"{len(m.zeroed)} modules have B = 0 while others have learned: {shown}"
@@ -200,10 +203,11 @@ def uncertainty(
     """Entropy of the next-token distribution: near ln(vocabulary) is noise, near 0 is collapse."""
     change = ratio(m.entropy_adapted, m.entropy_base)
     text = f"entropy went from {m.entropy_base:.3g} to {m.entropy_adapted:.3g} nats"
-    if not m.entropy_adapted < noise * math.log(m.vocabulary):
+    uniform = noise * math.log(m.vocabulary)
+    if not m.entropy_adapted < uniform and m.entropy_base < uniform:  # else it was noise before
         return Gate("uncertainty", "fail", change, f"{text}, close to uniform noise")
     low, high = (low, high) if expect == "same" else (trained_low, trained_high)
-    verdict = "pass" if low <= change <= high else "warn"
+    verdict = "pass" if low <= change <= high else "warn" if math.isfinite(change) else "fail"
     return worded(m, "uncertainty", verdict, change, text, "entropy_ratio", (low, high))
 
 

@@ -53,6 +53,7 @@ class Measured:
     non_finite: Sequence[str]  # modules with NaN or Inf in their factors
     zeroed: Sequence[str]  # modules whose B is zero while that of others is not
     base_recorded: bool | None  # the base is the one the adapter was trained on; None: not recorded
+    file_intact: bool | None  # the factors are those saved with the config; None: not recorded
     dropout: float
     samples: Sequence[SamplePair] = field(default_factory=list)
 
@@ -66,11 +67,13 @@ def measure(
     sample_tokens: int,
     seed: int,
     about: Mapping[str, Any] | None = None,
+    file_intact: bool | None = None,
 ) -> tuple[Measured, Reading]:
     """Everything the gates look at, and the tokens it comes from.
 
     `base_prints` is the fingerprint of the model before attaching; None where there is no before.
-    `about` is what the adapter's config records of its base.
+    `about` is what the adapter's config records of its base, `file_intact` whether its file is what
+    was saved with it.
     """
     reading = read_both(base, adapted, probes)
     kl = reading.column("kl")
@@ -91,6 +94,7 @@ def measure(
         probes_hash=digest_text(json.dumps([probes.texts, probes.prompts])),
         logits_base_hash=digest_text(" ".join(base_prints or reading.base_prints)),
         logits_adapted_hash=digest_text(" ".join(reading.adapted_prints)),
+        file_intact=file_intact,
         base_recorded=knows_base(adapted, (about or {}).get("sketch")),
         **adapter_facts(adapted, probes),
         **write_both(base, adapted, probes.prompts, sample_tokens, seed),

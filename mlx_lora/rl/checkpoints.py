@@ -10,11 +10,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapter import files
 from mlx_lora.adapter.schedules import scale_of, set_scale
 from mlx_lora.errors import RunError
+from mlx_lora.optimizers import copied, overwrite
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 KEPT = 2
@@ -31,17 +32,15 @@ class Snapshot:
 
     @classmethod
     def take(cls, steps_done: int, model: nn.Module, optimizer: optim.Optimizer) -> "Snapshot":
-        weights, state = (
-            tree_map(lambda leaf: leaf, tree)
-            for tree in (model.trainable_parameters(), optimizer.state)
-        )
+        optimizer.init(model.trainable_parameters())  # else the first one would lack its moments
+        weights, state = copied(model.trainable_parameters()), copied(optimizer.state)
         return cls(steps_done, weights, state, scale_of(model))
 
     def put_back(self, model: nn.Module, optimizer: optim.Optimizer) -> None:
-        """Undo whatever was begun since, a half-done update too."""
+        """Undo whatever was done since, a half-done update too."""
         model.update(self.weights)
         set_scale(model, self.scale)
-        optimizer.state = self.optimizer
+        overwrite(optimizer.state, self.optimizer)
 
 
 def save(
