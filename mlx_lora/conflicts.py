@@ -96,6 +96,11 @@ def notices(experiment: Experiment) -> list[str]:
             found.append(
                 "scale_schedule starts at 0: no gradient reaches the adapter until the scale rises"
             )
+        if loop.is_rl and loop.init.name == "pissa":
+            found.append(
+                "init pissa is known to collapse under RL (PeRL, arXiv 2512.23165); ours does at "
+                "rates that suit the other inits: lower learning_rate by 4, or use zero"
+            )
         if dropout != loop.dropout:
             found.append(
                 f"LoRA dropout {dropout:g} is set to 0: {loop.method} learns from its own rollouts"

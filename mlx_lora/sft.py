@@ -59,14 +59,14 @@ def train(
     model, e = loaded.model, experiment
     schedule = e.scale_schedule and schedules.bind(e.scale_schedule.name, e.scale_schedule.options)
     patience = Patience(e)
-    with scale_as_array(model), in_training(model):
+    with scale_as_array(model):
         update = compiled_update(model, optimizer, e)
         for step in range(start, e.iters):
             optimizer.learning_rate = learning_rate(e, step)
             if schedule:
                 configured = e.lora_parameters.effective_scale
                 set_scale(model, scale_at(schedule, configured, e.iters, step, before))
-            with clock.measure("learn", kind="step"):
+            with clock.measure("learn", kind="step"), in_training(model):
                 batch = pack(draw(texts, step, e.batch_size, e.seed))
                 mx.random.seed(dropout_seed(e.seed, step))
                 loss, norm = update(*batch)
@@ -174,23 +174,20 @@ def rounded_up(count: int, to: int) -> int:
 
 
 def validate(model: nn.Module, texts: Sequence[Text], e: Stage) -> float:
-    """Mean cross-entropy per token of the first `val_batches` batches, dropout off, in nats."""
+    """Mean cross-entropy per token of the first `val_batches` batches, in nats."""
     count = len(texts) if e.val_batches == -1 else e.val_batches * e.batch_size
     total = tokens = 0.0
-    was_training = model.training
-    model.eval()
     for begin in range(0, min(count, len(texts)), e.batch_size):
         batch = pack(texts[begin : min(begin + e.batch_size, count)])
         counted = float(batch[-1].sum())
         total += float(mean_loss(model, *batch)) * counted
         tokens += counted
-    model.train(was_training)
     return total / tokens
 
 
 @contextlib.contextmanager
 def in_training(model: nn.Module) -> Iterator[None]:
-    """Inside, dropout is on."""
+    """Inside, dropout is on. Outside it is off: whoever looks at the model sees it whole."""
     model.train()
     try:
         yield

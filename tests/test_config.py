@@ -398,3 +398,10 @@ def test_importing_config_is_light():
     code = f"import sys, mlx_lora.config, mlx_lora.runlog; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_pissa_under_rl_is_warned_of():
+    text = "model: demo\nmethod: grpo\ntask: countdown\ninit: {}\n"
+    assert "collapse" in config.notices(config.from_text(text.format("pissa")))[0]
+    assert not config.notices(config.from_text(text.format("loftq")))
+    assert not config.notices(config.from_text("model: demo\nmethod: sft\ninit: pissa\n"))

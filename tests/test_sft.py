@@ -45,11 +45,14 @@ def weights(loaded: Loaded) -> dict[str, np.ndarray]:
     return {k: np.array(v) for k, v in tree_flatten(loaded.model.trainable_parameters())}
 
 
-def run(loaded, e, texts=TEXTS, optimizer=None, **options):
+def run(loaded, e, texts=TEXTS, optimizer=None, look=lambda: None, **options):
     seen = []
     optimizer = optimizer or optimizer_of(e)
     loop = sft.train(loaded, texts, e, optimizer, Clock(), lambda s, m: seen.append(m), **options)
-    assert list(loop) == list(range(options.get("start", 0), e.iters))
+    for step in range(options.get("start", 0), e.iters):
+        assert next(loop) == step
+        look()
+    assert not list(loop)
     return seen
 
 
@@ -120,7 +123,9 @@ def test_dropout_is_on_in_training_only():
     without = run(attached(), e)[0]["loss"]
     loaded = attached(dropout=0.5)
     assert sft.validate(loaded.model, TEXTS, e) == sft.validate(loaded.model, TEXTS, e)
-    (metrics,) = run(loaded, e, valid=TEXTS)
+    looks = []
+    (metrics,) = run(loaded, e, valid=TEXTS, look=lambda: looks.append(loaded.model.training))
+    assert looks == [False]
     assert metrics["loss"] != without
     assert metrics["valid_loss"] == sft.validate(loaded.model, TEXTS, e)
 
