@@ -34,6 +34,7 @@ RUNS, OUT = ROOT / "figures/inits_runs.jsonl", ROOT / "figures/inits.json"
 PAGE = ROOT / "docs/inits.md"
 RATES, LOWEST = (5e-4, 1e-3, 2e-3), 1.25e-4
 SEEDS, TOP_SEEDS, TOP = (0, 1, 2), (0, 1, 2, 3, 4), 4
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 %, by the number of seeds
 HELD_OUT = 512
 GAIN, WINDOW = 0.10, 5  # steps until the sampled accuracy of 5 steps is 10 points above the start
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -213,7 +214,7 @@ def ranking() -> list[str]:
 
 
 def summary(name: str) -> dict[str, Any]:
-    """One line of the table. The interval is over seeds: mean ± 1.96 standard errors."""
+    """One line of the table. The interval is over seeds, by Student's t."""
     mine = at_best(name)
     accuracies = np.array([r["accuracy"] for r in mine])
     others = accuracies[1:] if len(mine) > 1 else accuracies  # seed 0 chose the rate
@@ -232,8 +233,8 @@ def summary(name: str) -> dict[str, Any]:
         "accuracies": accuracies.tolist(),
         "accuracy": float(accuracies.mean()),
         "accuracy_without_seed_0": float(others.mean()),
-        "accuracy_low": float(accuracies.mean() - 1.96 * error),
-        "accuracy_high": float(accuracies.mean() + 1.96 * error),
+        "accuracy_low": max(0.0, float(accuracies.mean() - STUDENT.get(len(mine), 0) * error)),
+        "accuracy_high": min(1.0, float(accuracies.mean() + STUDENT.get(len(mine), 0) * error)),
         "grid": {f"{rate:g}": accuracy for rate, accuracy in sorted(tried(name).items())},
         "attach_seconds": float(np.median([r["attach_seconds"] for r in mine])),
         "seconds": float(np.median([r["seconds"] for r in mine])),
@@ -301,14 +302,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             left.plot([row["accuracy_low"], row["accuracy_high"]], [y, y], color="navy", lw=1.5)
         left.plot([row["accuracy"]], [y], "D", color="navy")
     left.set_yticks(at, [f"{r['variant']}  (lr {r['learning_rate']:g})" for r in rows])
-    left.set_xlabel("greedy accuracy on 512 held-out problems: ◆ mean, ● seeds, | before training")
+    left.set_xlabel("greedy accuracy, 512 held-out problems\n◆ mean, ● seeds, | before training")
     left.grid(axis="x", alpha=0.3)
+    left.set_xlim(left=0)
     floor = 1e-9
     right.barh(at, [max(r["kl_at_start"], floor) for r in rows], color="coral", left=0)
     right.set_xscale("log")
     right.set_xlim(floor, 20)
     right.axvline(1e-3, color="grey", ls="--", lw=1)
-    right.set_xlabel("KL to the base before training, nats per token (none: exactly 0)")
+    right.set_xlabel("KL to the base before training,\nnats per token (no bar: exactly 0)")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("RL from every start, each at its own best learning rate", fontsize=14)
