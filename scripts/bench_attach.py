@@ -29,7 +29,7 @@ INITS = ("zero", "orthonormal", "split_support", "tiny_scale")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
     seconds: dict[str, list[float]] = {"mlx-lm": [], **{init: [] for init in INITS}}
@@ -40,7 +40,7 @@ def main() -> None:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     beyond = {init: median[init] - median["mlx-lm"] for init in INITS}
     document = {
-        "question": __doc__.splitlines()[0],
+        "question": (__doc__ or "").splitlines()[0],
         "layers": BLOCKS * len(SHAPES),
         "rank": RANK,
         "repeats": repeats,

@@ -59,7 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", help="variants, comma-separated")
     parser.add_argument("--part", default="0/1", help="this share of the variants, like 0/2")
     parser.add_argument("--report", action="store_true", help="only draw what is there")

@@ -42,7 +42,7 @@ def main() -> None:
         cases = [*healthy(trained, folder), *broken(trained, folder)]
         rows = [record(case) for case in cases]
     wrong = [r for r in rows if r["wrong"]]
-    found = {"question": __doc__.splitlines()[0], "commit": commit(), "cases": len(rows)}
+    found = {"question": (__doc__ or "").splitlines()[0], "commit": commit(), "cases": len(rows)}
     found |= {"wrong": len(wrong), "rows": rows}
     OUT.write_text(json.dumps(json_safe(found), indent=1) + "\n")
     write_table(rows)
@@ -220,7 +220,7 @@ def changed(
         tensors = {k: v.astype(dtype) for k, v in tensors.items()}
         about["tensors_hash"] = digest(tensors)
     if not recorded:  # as mlx-lm or PEFT would have saved it
-        about.pop("tensors_hash"), about.pop("base")
+        about = {k: v for k, v in about.items() if k not in ("tensors_hash", "base")}
     (out / files.CONFIG).write_text(json.dumps(about))
     mx.save_safetensors(str(out / files.WEIGHTS), tensors)
     return out

@@ -56,7 +56,7 @@ def main() -> None:
                 )
                 row = {"bits": bits, "rank": rank, "method": method} | kls(loaded, texts, truth)
                 rows.append(row | {"measured": config["init"]["measured"]})
-    found = {"question": __doc__.splitlines()[0], "commit": commit(), "rows": rows}
+    found = {"question": (__doc__ or "").splitlines()[0], "commit": commit(), "rows": rows}
     OUT.write_text(json.dumps(json_safe(found), indent=2) + "\n")
     draw(rows)
 

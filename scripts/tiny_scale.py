@@ -47,11 +47,12 @@ def main() -> None:
                 {"size": size, "seed": seed, "kl": float(kl.mean()), "top1": float(agree.mean())}
             )
     small = [(r["size"], r["kl"]) for r in rows if 3e-3 <= r["size"] <= 0.4]  # below: rounding
-    slope, offset = np.polyfit(*np.log(np.array(small).T), 1)
+    log_size, log_kl = np.log(np.array(small).T)
+    slope, offset = np.polyfit(log_size, log_kl, 1)
     OUT.write_text(
         json.dumps(
             {
-                "question": __doc__.splitlines()[0],
+                "question": (__doc__ or "").splitlines()[0],
                 "commit": commit(),
                 "slope_of_log_kl": float(slope),
                 "kl_at_size_1_by_the_fit": float(np.exp(offset)),

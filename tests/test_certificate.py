@@ -117,12 +117,12 @@ def test_a_changed_adapter_is_invalid_though_it_is_harmless(run, certified):
     tensors[name][0, 0] += 0.5
     mx.save_safetensors(str(certified / files.WEIGHTS), tensors, metadata={"format": "mlx"})
     report = run(adapter=certified, verify=True)
-    assert report.verdict == "pass" and report.measured.bitwise_identical
+    assert report.measured.bitwise_identical and not report.measured.file_intact
     assert report.certificate["status"] == "invalid" and report.exit_code == 1
-    assert unequal(report.certificate) == {"adapter.weights_hash"}
+    assert unequal(report.certificate) == {"adapter.weights_hash", "verdict"}
     said = sentences(report.certificate)
     assert said[-1] == RESULTS["invalid"]
-    assert sum("recorded" in line and "found" in line for line in said) == 1
+    assert sum("recorded" in line and "found" in line for line in said) == 2
 
 
 def test_an_adapter_config_of_the_same_meaning_is_another_file(run, certified):
