@@ -197,7 +197,7 @@ def test_an_expectation_that_is_none_is_an_error():
     [
         ("not json\n", ":1: not JSON"),
         ('{"text": "a b"}\n[1]\n', ":2: a row is an object"),
-        ('{"txet": "a"}\n', ":1: a row needs"),
+        ('{"txet": "a"}\n', ":1: needs"),
         ('{"text": "a b c"}\n', "need both"),
         ("", "need both"),
     ],
@@ -253,3 +253,17 @@ def test_factors_that_changed_since_they_were_saved_are_named(tmp_path):
     mx.save_safetensors(str(tmp_path / files.WEIGHTS), tensors | {name: 1.01 * tensors[name]})
     report = gate.check(demo(), adapter=tmp_path)
     assert report.verdict == "warn" and "not those that were saved" in report.reasons[0]
+
+
+def test_rows_longer_than_the_context_are_listed_and_nothing_is_cut(tmp_path):
+    path = tmp_path / "probes.jsonl"
+    rows = [{"text": "word " * 300}, {"text": "fine"}, {"prompt": "go on " * 200}, {"other": "x"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError) as caught:
+        probes.read(demo(), path)
+    message = str(caught.value)
+    assert "probes.jsonl:1:" in message and "the context holds 512" in message
+    assert "probes.jsonl:3:" in message and "probes.jsonl:4: needs" in message
+    assert "probes.jsonl:2:" not in message
+    path.write_text('{"text": "' + "word " * 80 + '"}\n{"prompt": "hi"}\n')
+    assert len(probes.read(demo(), path).texts[0][0]) > 200, "long texts are read whole"

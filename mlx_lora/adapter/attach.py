@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,13 +18,15 @@ from mlx_lora.adapter.dora import to_dora
 from mlx_lora.adapter.inits import inits, is_harmless
 from mlx_lora.adapter.scene import Scene, numbered_rows, task_rows
 from mlx_lora.adapter.tensors import CONFIG, read
-from mlx_lora.config import Stage
 from mlx_lora.data import Row
 from mlx_lora.errors import AdapterError, near
 from mlx_lora.models import Loaded
 from mlx_lora.registry import options as options_of
 from mlx_lora.tasks import load_task
 from mlx_lora.types import Factors, Site
+
+if TYPE_CHECKING:
+    from mlx_lora.schema import Stage
 
 LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding, DoRALinear)
 LINEARS = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
@@ -105,7 +107,7 @@ def foresee(init: str, options: Mapping[str, Any], rows: Sequence[Row] | None) -
             models.resolve(str(reference))
 
 
-def calibration_rows(e: Stage) -> list[Row] | None:
+def calibration_rows(e: "Stage") -> list[Row] | None:
     """An experiment's own calibration data, its task's training problems, for inits that look."""
     if e.task is None or "data" not in options_of(inits[e.init.name]):
         return None

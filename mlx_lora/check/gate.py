@@ -12,7 +12,7 @@ from mlx_lora.adapter.inits import label
 from mlx_lora.adapter.tensors import intact
 from mlx_lora.check.gates import Gate, gates, ratio
 from mlx_lora.check.metrics import Measured, measure
-from mlx_lora.check.probes import Probes, read
+from mlx_lora.check.probes import ROOM, Probes, read
 from mlx_lora.check.reading import Reading
 from mlx_lora.check.reading import fingerprint as fingerprint_of
 from mlx_lora.check.sides import Side, refuse_other_tokens
@@ -21,7 +21,6 @@ from mlx_lora.models import Loaded
 from mlx_lora.runlog import json_safe
 
 EXPECTATIONS = ("same", "healthy", "changed")
-SAMPLE_TOKENS = 20
 ORDER = ("pass", "warn", "fail")
 Limits = Mapping[str, Mapping[str, float]]  # gate -> its thresholds, where not the defaults
 
@@ -166,7 +165,7 @@ def judged(
     **record: Any,
 ) -> Report:
     measured, reading = measure(
-        base, adapted, probes, prints, sample_tokens=SAMPLE_TOKENS, seed=seed, **record
+        base, adapted, probes, prints, sample_tokens=ROOM, seed=seed, **record
     )
     bound = [gates.bind(name, (limits or {}).get(name, {})) for name in gates]
     said = [g for gate in bound if (g := gate(measured, expect, init)) is not None]

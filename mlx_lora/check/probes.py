@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_lora.data import encode, rows_of
+from mlx_lora.data import context_of, encode, rows_of
 from mlx_lora.errors import ConfigError
-from mlx_lora.models import DEMO, Loaded
+from mlx_lora.models import DEMO, Loaded, encode_prompt
 
 ASSETS = Path(__file__).parents[1] / "assets"
-MAX_PROBE_TOKENS = 256
+ROOM = 20  # tokens of a continuation, beside its prompt
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,25 @@ def read(loaded: Loaded, path: Path | None = None) -> Probes:
         path = ASSETS / ("check_demo.jsonl" if loaded.name == DEMO else "check_general.jsonl")
     texts: list[tuple[list[int], int]] = []
     prompts: list[str] = []
+    problems: list[str] = []
+    limit = context_of(loaded)
     for number, row in rows_of(path):
         if not {"text", "prompt"} & row.keys():
-            raise ConfigError(f"{path}:{number}: a row needs `text` or `prompt`, got {sorted(row)}")
-        if found := encode(row, loaded.tokenizer):
-            texts.append((list(found.ids[:MAX_PROBE_TOKENS]), found.start))
+            problems.append(f"{path}:{number}: needs `text` or `prompt`, got {sorted(row)}")
+            continue
+        found = encode(row, loaded.tokenizer)
+        length = len(found.ids) if found else 0
         if path.suffix == ".txt":
             prompts.append(row["text"])
         elif "text" not in row and "completion" not in row:
             prompts.append(row["prompt"])
-    texts = [(ids, start) for ids, start in texts if len(ids) > start]
+            length = len(encode_prompt(loaded.tokenizer, row["prompt"])) + ROOM
+        if limit and length > limit:
+            problems.append(f"{path}:{number}: {length} tokens, the context holds {limit}")
+        elif found:
+            texts.append((list(found.ids), found.start))
+    if problems:
+        raise ConfigError("\n".join(problems), "Nothing is cut: shorten or leave out these rows.")
     if not texts or not prompts:
         raise ConfigError(
             f"{path}: {len(texts)} texts to read and {len(prompts)} prompts to continue; need both",

@@ -6,7 +6,7 @@ from typing import Annotated
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from pydantic import Field
+from annotated_types import Ge, Gt
 
 from mlx_lora.adapter.inits.random import Size, gaussian
 from mlx_lora.adapter.inits.table import harmless, inits, zero_start
@@ -15,7 +15,7 @@ from mlx_lora.adapter.listen import Inputs, inputs
 from mlx_lora.adapter.scene import Scene, factor, generator
 from mlx_lora.types import Factors, Site, Start
 
-RowCount = Annotated[int, Field(ge=1)]
+RowCount = Annotated[int, Ge(1)]
 
 
 @inits.add
@@ -25,7 +25,7 @@ def activations(
     *,
     data: str | None = None,
     rows: RowCount = 1024,
-    max_rank_ratio: Annotated[float, Field(ge=1)] = 1.0,
+    max_rank_ratio: Annotated[float, Ge(1)] = 1.0,
 ) -> Start:
     """A = top directions of each layer's inputs on calibration texts, B = 0. Bitwise equal to base.
 
@@ -121,8 +121,8 @@ def output_match(
     data: str | None = None,
     rows: RowCount = 1024,
     std: Size = 0.02,
-    steps: Annotated[int, Field(ge=0)] = 100,
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3,
+    steps: Annotated[int, Ge(0)] = 100,
+    learning_rate: Annotated[float, Gt(0)] = 2e-3,
 ) -> Start:
     """A gaussian start, then A and B optimised to leave each layer's calibration outputs unchanged.
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from annotated_types import Ge
 from mlx.utils import tree_flatten
-from pydantic import Field
 
 from mlx_lora.adapter.inits.table import harmless, inits
 from mlx_lora.adapter.linalg import complete
@@ -27,8 +27,8 @@ def gradient(
     scene: Scene,
     *,
     data: str | None = None,
-    oversample: Annotated[int, Field(ge=0)] = 8,
-    alternations: Annotated[int, Field(ge=1)] = 2,
+    oversample: Annotated[int, Ge(0)] = 8,
+    alternations: Annotated[int, Ge(1)] = 2,
 ) -> Start:
     """A = top input directions of the loss gradient on calibration texts, B = 0. Bitwise equal.
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from pydantic import Field
+from annotated_types import Ge
 
 from mlx_lora import models
 from mlx_lora.adapter.inits.calibrated import RowCount, listen
@@ -101,7 +101,7 @@ def loftq(
     scene: Scene,
     *,
     full_precision: str | None = None,
-    iterations: Annotated[int, Field(ge=1)] = 5,
+    iterations: Annotated[int, Ge(1)] = 5,
 ) -> Start:
     """Alternates quantizing W - BA and the SVD of W - Q: closer to full precision, on a new base.
 

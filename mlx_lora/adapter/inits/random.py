@@ -1,16 +1,17 @@
 """Inits that draw their factors and look at nothing but the shape."""
 
+import math
 from typing import Annotated
 
 import mlx.core as mx
-from pydantic import Field
+from annotated_types import Ge, Lt
 
 from mlx_lora.adapter.inits.table import each_site, harmless, inits, uniform
 from mlx_lora.adapter.size import predicted_sigma_max
 from mlx_lora.errors import AdapterError
 from mlx_lora.types import Factors, Site
 
-Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Size = Annotated[float, Ge(0), Lt(math.inf)]
 
 
 @inits.add
