@@ -74,6 +74,7 @@ def main() -> None:
             "floor_import": imports,
             "floor_load": loading,
             "floor_forwards_and_samples": work,
+            "floor_start_and_exit": floor_s - imports - loading - work,
         }
         print(
             f"{path:9} check {check_s:.2f} s, floor {floor_s:.2f} s, {check_s / floor_s:.2f} times"
@@ -110,6 +111,7 @@ def draw(rows: dict[str, dict[str, float]]) -> None:
             ("floor_import", "lightgrey"),
             ("floor_load", "darkgrey"),
             ("floor_forwards_and_samples", "dimgrey"),
+            ("floor_start_and_exit", "whitesmoke"),
         ):
             label = key.removeprefix("floor_").replace("_", " ") if y == 0 else None
             axes.barh(y, row[key], left=left, color=colour, label=label)

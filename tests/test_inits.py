@@ -23,6 +23,7 @@ from mlx_lora.adapter.attach import (
 )
 from mlx_lora.adapter.inits import HARMLESS, REBASING, inits, is_harmless
 from mlx_lora.adapter.inits.gradient import summed_loss
+from mlx_lora.adapter.linalg import complete, least_used, principal, randomized_svd
 from mlx_lora.adapter.listen import layer_inputs
 from mlx_lora.adapter.size import predicted_sigma_max
 from mlx_lora.data import Text, read
@@ -525,3 +526,56 @@ def test_what_inits_measure_is_documented(trained, full):
         config = attach(tiny_loaded(bits=4), init=init, init_options=settings, rank=4, rows=ROWS)
         found |= {(init, key) for key in config["init"].get("measured", {})}
     assert found == documented
+
+
+def test_alternations_sharpen_a_sketch_without_spare_columns():
+    """With no oversampling one pass is a rough guess; the next ones must start from its result."""
+    energy = {}
+    for alternations in (1, 3):
+        loaded = tiny_loaded()
+        settings = {"oversample": 0, "alternations": alternations}
+        attach(
+            loaded, init="gradient", init_options=settings, rank=1, rows=ROWS[:2], keys=["up_proj"]
+        )
+        dense = tiny()
+        dense.unfreeze()
+        texts = read(loaded, list(enumerate(ROWS[:2])), "rows")
+        grads = dict(tree_flatten(nn.value_and_grad(dense, summed_loss)(dense, texts)[1]))
+        shares = []
+        for name, layer in lora_layers(loaded.model).items():
+            g = np.array(grads[f"{name}.weight"], np.float64)
+            best = np.linalg.svd(g, compute_uv=False)[0]
+            shares.append(np.linalg.norm(g @ np.array(layer.lora_a, np.float64)) / best)
+        energy[alternations] = min(shares)
+    assert energy[1] < energy[3]
+    assert energy[3] > 0.95
+
+
+class TestLinearAlgebra:
+    rng = np.random.default_rng(3)
+
+    def test_completed_columns_are_orthonormal(self):
+        v, _ = np.linalg.qr(self.rng.standard_normal((40, 5)))
+        whole = complete(v, 7, np.random.default_rng(0))
+        assert np.array_equal(whole[:, :5], v)
+        assert np.allclose(whole.T @ whole, np.eye(12), atol=1e-10)
+
+    def test_the_least_used_directions_are_those_nothing_flows_along(self):
+        basis, _ = np.linalg.qr(self.rng.standard_normal((30, 30)))
+        x = self.rng.standard_normal((200, 26)) @ basis[:, :26].T
+        unused = least_used(x, 4, self.rng)
+        assert np.abs(x @ unused).max() < 1e-6
+
+    @pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+    def test_principal_directions_and_randomized_svd_are_the_svd(self, shape):
+        u, _ = np.linalg.qr(self.rng.standard_normal((shape[0], 30)))
+        v, _ = np.linalg.qr(self.rng.standard_normal((shape[1], 30)))
+        values = 0.7 ** np.arange(30)
+        w = (u * values) @ v.T
+        s, directions = principal(w, 5)
+        assert np.allclose(s, values[:5], rtol=1e-6)
+        assert np.allclose(np.abs((directions * v[:, :5]).sum(axis=0)), 1, atol=1e-5)
+        left, sigma, right = randomized_svd(w, 5, np.random.default_rng(0))
+        assert np.allclose(sigma, values[:5], rtol=1e-2)
+        rest = np.linalg.norm(w - (left * sigma) @ right.T)
+        assert rest == pytest.approx(np.linalg.norm(values[5:]), rel=1e-2)

@@ -19,6 +19,7 @@ from mlx_lora.check.probes import Probes
 from mlx_lora.check.reading import COLUMNS, blocks_of, by_text, fingerprint, intervals, read_both
 from mlx_lora.check.run import parse_limits, request
 from mlx_lora.check.sides import CHUNK, Side, refuse_other_tokens
+from mlx_lora.check.writing import write_both
 from mlx_lora.errors import ConfigError
 from tests.test_check import GOOD
 from tests.tiny import IDS, tiny, tiny_loaded
@@ -267,3 +268,17 @@ def test_against_the_real_command_line(run_cli, tmp_path):
     assert done.returncode in (0, 1), done.stderr
     assert document["kl_mean"] > 0 and len(document["layers"]) == 5
     assert (tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_base_reads_its_own_samples_and_those_of_the_adapted_side():
+    """Garble surprises the base; its own samples do not, whatever the adapted side writes."""
+    loaded = models.load("demo")
+    attach(loaded, init="gaussian", init_options={"std": 0.2})
+    sides = Side(loaded, off=True), Side(loaded)
+    prompts = ["How many legs has a duck?", "What is 2 * 4 ?"]
+    found = write_both(*sides, prompts, 12, 0)
+    assert found["sample_nll_base"] < 2 < 6 < found["sample_nll_adapted"]
+    same = write_both(sides[0], sides[0], prompts, 12, 0)
+    assert same["sample_nll_base"] == pytest.approx(same["sample_nll_adapted"], abs=1e-5)
+    assert same["sample_nll_base"] == pytest.approx(found["sample_nll_base"], abs=1e-4)
+    assert found["mismatch_max"] < 1e-2
