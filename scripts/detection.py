@@ -7,6 +7,7 @@ figures/detection.json, .png and the table in docs/check.md.
 """
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -60,7 +61,8 @@ def record(case: Case) -> dict[str, Any]:
         kl, ratio = report.measured.kl_mean, report.to_json()["perplexity_ratio"]
         spoke = [g.name for g in report.gates if g.verdict != "pass"]
     except UserError as error:
-        verdict, reasons, kl, ratio, spoke = "refused", [str(error)[:120]], None, None, ["load"]
+        said = re.sub(r"\S*/", "", str(error))[:120]  # without the scratch folder
+        verdict, reasons, kl, ratio, spoke = "refused", [said], None, None, ["load"]
     wrong = (verdict == "pass") if side == "fault" else (verdict != "pass")
     wrong = wrong and NO_RECORD not in kind  # named exceptions, listed but not counted
     return {"side": side, "kind": kind, "what": what, "verdict": verdict, "gates": spoke, "kl": kl,

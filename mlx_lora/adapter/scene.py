@@ -112,7 +112,7 @@ WeightOf = Callable[[Site], np.ndarray]
 def full_precision(scene: Scene, given: str | None, who: str) -> WeightOf:
     """Weights [O, I] of the unquantized model in float32, read from disk one at a time.
 
-    `given` names the model; None means the folder that this session quantized itself.
+    `given` names the model; None means the folder of a model that we quantized on load.
     """
     from mlx_lora import models
 
