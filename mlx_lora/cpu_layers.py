@@ -13,6 +13,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
+from mlx_lora.models import dense_weight, in_dims
+
 LINEARS = (nn.Linear, nn.QuantizedLinear)
 
 
@@ -29,11 +31,7 @@ def rows(x: np.ndarray) -> np.ndarray:
 def dense(layer: Any) -> mx.array:
     """The float32 weight [O, I] of a frozen layer, made once and kept outside its parameters."""
     if "_dense" not in layer.__dict__:
-        weight = layer.weight
-        if "scales" in layer:
-            weight = mx.dequantize(
-                weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode
-            )
+        weight = dense_weight(layer) if "scales" in layer else layer.weight
         mx.eval(weight)
         layer.__dict__["_dense"] = weight
     return layer.__dict__["_dense"]
@@ -143,8 +141,7 @@ def hasten_mlp(module: Any) -> bool:
     if not parts or parent.__name__.startswith("Fast"):
         return False
     gate = module.gate_proj
-    width = gate.weight.shape[-1] * 32 // gate.bits if "scales" in gate else gate.weight.shape[-1]
-    x = mx.random.normal((1, 2, width), key=mx.random.key(0))
+    x = mx.random.normal((1, 2, in_dims(gate)), key=mx.random.key(0))
     expected = module(x)
     module.__class__ = swiglu_twin(parent)
     if mx.allclose(module(x), expected, rtol=1e-4, atol=1e-5).item():

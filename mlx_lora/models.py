@@ -1,7 +1,6 @@
 """Load, quantize, tokenize, run: the one file that names mlx-lm's loading functions."""
 
 import contextlib
-import copy
 import io
 import json
 import shutil
@@ -109,13 +108,21 @@ def lazy_layers(name: str) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules() if "weight" in m}
 
 
-def dense_weight(layer: Any) -> mx.array:
-    """The weight [O, I] of a linear layer in float32, unpacked where it is quantized."""
+def dense_weight(layer: Any, rows: Any = slice(None)) -> mx.array:
+    """The weight [O, I] of a linear layer in float32, or some rows, unpacked where quantized."""
+    part = layer.weight[rows]
     if "scales" not in layer:
-        return layer.weight.astype(mx.float32)
+        return part.astype(mx.float32)
     settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-    dense = mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **settings)
-    return dense.astype(mx.float32)
+    biases = layer.get("biases")
+    packed = (layer.scales[rows], None if biases is None else biases[rows])
+    return mx.dequantize(part, *packed, **settings).astype(mx.float32)
+
+
+def in_dims(layer: Any) -> int:
+    """Inputs I of a linear layer, or width of an embedding, packed or not."""
+    width = layer.weight.shape[-1]
+    return width * 32 // layer.bits if "scales" in layer else width
 
 
 def quantized(
@@ -249,7 +256,7 @@ def sketch(model: nn.Module) -> list[float]:
     chosen = [sorted(names)[i * len(names) // SKETCHED] for i in range(SKETCHED)] if names else []
     found: list[float] = []
     for index, name in enumerate(chosen):
-        w = np.array(dense_weight(head_of(names[name], SKETCH_ROWS)), np.float64)
+        w = np.array(dense_weight(names[name], slice(SKETCH_ROWS)), np.float64)
         signs = np.random.default_rng(index).choice([-1.0, 1.0], (SKETCH_SUMS, *w.shape))
         sums = (signs * w).sum(axis=(1, 2)) / max(float(np.linalg.norm(w)), 1e-30)
         found += [round(float(x), 4) for x in sums]
@@ -262,15 +269,6 @@ SAME_BASE = 0.7  # correlation of two sketches: above 0.95 across bits, about 0 
 
 def is_matrix(module: Any) -> bool:
     return isinstance(module, nn.Linear | nn.QuantizedLinear)
-
-
-def head_of(layer: Any, rows: int) -> Any:
-    """The first rows of a frozen layer, as something `dense_weight` reads."""
-    part = copy.copy(layer)
-    for key in ("weight", "scales", "biases"):
-        if key in layer and layer.get(key) is not None:
-            part[key] = layer[key][:rows]
-    return part
 
 
 def same_base(recorded: Sequence[float], found: Sequence[float]) -> bool:

@@ -9,7 +9,7 @@ from mlx_lm.tuner.utils import load_adapters
 
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import (
-    assert_zero_b,
+    assert_no_update,
     attach,
     expand_keys,
     lora_layers,
@@ -52,7 +52,7 @@ def test_zero_b_is_asserted_whatever_mlx_lm_does():
     layer = next(iter(lora_layers(model).values()))
     layer.lora_b = layer.lora_b + 1e-30
     with pytest.raises(AssertionError, match="lora_b is not zero"):
-        assert_zero_b(model)
+        assert_no_update(model)
 
 
 def test_a_is_within_mlx_lms_bound_and_depends_on_seed_and_module_alone():

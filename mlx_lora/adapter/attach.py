@@ -32,8 +32,7 @@ LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding, DoRALinear)
 LINEARS = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 PLACED = (LoRALinear, DoRALinear)  # experts and embeddings keep mlx-lm's own A, and B = 0
-ZERO_B = ("zero", "orthonormal", "activations", "gradient")
-FACTORS = ("lora_a", "lora_b", "m")
+FACTORS = ("lora_a", "lora_b", "m")  # m: the magnitudes of DoRA
 ROUTER = 32  # layers narrower than this take the rank they can, unless they were named
 
 
@@ -121,10 +120,10 @@ def start(scene: Scene, init: str, options: Mapping[str, Any]) -> dict[str, floa
         place(scene.layer(site), made.factors[site.name], site.name)
     for name, linear in made.bases.items():
         rebase(scene.layers[name], linear)
-    if init in ZERO_B:
-        assert_zero_b(scene.model)
     mx.eval(scene.model.parameters())
-    if not is_harmless(init, options):
+    if is_harmless(init, options):
+        assert_no_update(scene.model)
+    else:
         remember_start(scene.model)
     return {k: float(v) for k, v in made.measured.items()}
 
@@ -235,10 +234,16 @@ def forget_base(model: nn.Module) -> None:
         layer.__dict__.pop("_base", None)
 
 
-def assert_zero_b(model: nn.Module) -> None:
-    """Every lora_b is exactly zero, whatever mlx-lm's default has become."""
-    moved = [n for n, m in lora_layers(model).items() if mx.any(m.lora_b != 0).item()]
-    assert not moved, f"lora_b is not zero after a zero init: {moved}"
+def assert_no_update(model: nn.Module) -> None:
+    """Every rank has a zero factor, so that the update is exactly zero in any precision."""
+    moved = [name for name, layer in lora_layers(model).items() if mx.any(in_use(layer)).item()]
+    assert not moved, f"lora_b is not zero where lora_a is not, after a harmless init: {moved}"
+
+
+def in_use(layer: Any) -> mx.array:
+    """Which ranks of a layer have both factors; of experts, which numbers of B are not zero."""
+    b = layer.lora_b != 0
+    return b if b.ndim == 3 else mx.any(layer.lora_a != 0, axis=0) & mx.any(b, axis=1)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_lora.errors import AdapterError
+from mlx_lora.models import dense_weight, in_dims
 
 BLOCK = 1 << 22  # weights unpacked at a time for their norms: 16 MB in float32
 DEAD = 1e-12  # a row with a smaller norm has no direction, and is left as it is
@@ -91,12 +92,6 @@ class LeanDoRALinear(DoRALinear):
 DORA = LeanDoRALinear
 
 
-def in_dims(linear: Any) -> int:
-    """Inputs I of a linear layer, packed or not."""
-    width = linear.weight.shape[-1]
-    return width * 32 // linear.bits if "scales" in linear else width
-
-
 def without_bias(linear: Any) -> Any:
     """The same layer, sharing its arrays, less its bias."""
     if "bias" not in linear:
@@ -109,14 +104,10 @@ def without_bias(linear: Any) -> Any:
 def row_norms(linear: Any) -> mx.array:
     """Norms [O] of the rows of a layer's weight, float32, a block of rows at a time."""
     rows = max(1, BLOCK // in_dims(linear))
-    packed = [linear[key] for key in ("scales", "biases") if linear.get(key) is not None]
     norms = []
     for start in range(0, linear.weight.shape[0], rows):
-        block, *parts = (array[start : start + rows] for array in (linear.weight, *packed))
-        if parts:
-            form = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
-            block = mx.dequantize(block, *parts, **form)
-        norms.append(mx.linalg.norm(block.astype(mx.float32), axis=1))
+        block = dense_weight(linear, slice(start, start + rows))
+        norms.append(mx.linalg.norm(block, axis=1))
         mx.eval(norms[-1])  # lazily, every block would be unpacked before the first is reduced
     return mx.concatenate(norms)
 

@@ -11,12 +11,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_lora import cpu
-from mlx_lora.adapter.attach import expand_keys, lora_layers, to_lora_layers
+from mlx_lora.adapter.attach import FACTORS, expand_keys, lora_layers, to_lora_layers
 from mlx_lora.adapter.tensors import CONFIG, WEIGHTS, digest, folder_of, padded, read, unpadded
 from mlx_lora.errors import AdapterError, near
 
-__all__ = ["CONFIG", "WEIGHTS", "folder_of", "load", "put", "read", "save"]
-FACTORS = ("lora_a", "lora_b", "m")  # m: the magnitudes of DoRA
+__all__ = ["CONFIG", "FACTORS", "WEIGHTS", "folder_of", "load", "put", "read", "save"]
 
 
 def save(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:

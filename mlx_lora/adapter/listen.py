@@ -1,7 +1,7 @@
 """What flows into the layers when a model reads text: the calibration pass of the inits."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,14 @@ class Inputs:
 
 
 @contextlib.contextmanager
-def listening(layers: Mapping[str, Any]) -> Iterator[dict[str, mx.array]]:
-    """Inside, the input of each layer's last call is in the mapping, by the layer's name."""
+def listening(
+    layers: Mapping[str, Any], take: Callable[[Any, Any], mx.array]
+) -> Iterator[dict[str, mx.array]]:
+    """Inside, `take(input, output)` of each layer's last call is in the mapping, by its name."""
     heard: dict[str, mx.array] = {}
     kinds = {name: type(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.__class__ = listener(name, kinds[name], heard)
+        layer.__class__ = listener(name, kinds[name], take, heard)
     try:
         yield heard
     finally:
@@ -39,12 +41,24 @@ def listening(layers: Mapping[str, Any]) -> Iterator[dict[str, mx.array]]:
             layer.__class__ = kinds[name]
 
 
-def listener(name: str, parent: type, heard: dict[str, mx.array]) -> type:
-    def call(self: Any, x: mx.array, *rest: Any, **more: Any) -> mx.array:
-        heard[name] = x
-        return parent.__call__(self, x, *rest, **more)  # type: ignore[operator]
+def listener(
+    name: str, parent: type, take: Callable[[Any, Any], mx.array], heard: dict[str, mx.array]
+) -> type:
+    def call(self: Any, x: mx.array, *rest: Any, **more: Any) -> Any:
+        found = parent.__call__(self, x, *rest, **more)  # type: ignore[operator]
+        heard[name] = take(x, found)
+        return found
 
     return type(parent.__name__, (parent,), {"__call__": call})
+
+
+def its_input(x: mx.array, found: Any) -> mx.array:
+    return x
+
+
+def its_output(x: mx.array, found: Any) -> mx.array:
+    """Blocks may return more than their output, which then comes first."""
+    return found[0] if isinstance(found, tuple | list) else found
 
 
 def inputs(
@@ -80,7 +94,7 @@ def layer_inputs(
         real = np.array(mask, dtype=bool).reshape(-1)
         chosen = np.flatnonzero(real)[keep[done : done + real.sum()]]
         done += int(real.sum())
-        with listening(layers) as heard:
+        with listening(layers, its_input) as heard:
             mx.eval(model(ids))
         shared: dict[int, np.ndarray] = {}  # by the array's identity: heard keeps them alive
         for name, x in heard.items():

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_lora.check.probes import Probes
-from mlx_lora.models import logits
+from mlx_lora.models import dense_weight, logits
 
 ROWS = 64  # of a weight, spread over it: enough to estimate its norm within some percent
 PUSH = 1e-3  # the learning rate of the tiny step, which is Adam's first: rate · sign(gradient)
@@ -40,13 +40,8 @@ def norm(linear: Any) -> mx.array:
     """‖W‖_F of a frozen layer, estimated from evenly spread rows."""
     rows = linear.weight.shape[0]
     pick = mx.array([i * rows // min(ROWS, rows) for i in range(min(ROWS, rows))])
-    part = linear.weight[pick]
-    if "scales" in linear:
-        biases = linear.get("biases")
-        settings = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
-        packed = (linear.scales[pick], None if biases is None else biases[pick])
-        part = mx.dequantize(part, *packed, **settings)
-    return mx.sqrt(mx.square(part.astype(mx.float32)).sum() * (rows / len(pick))) + 1e-30
+    part = dense_weight(linear, pick)
+    return mx.sqrt(mx.square(part).sum() * (rows / len(pick))) + 1e-30
 
 
 def dropout_of(layers: Mapping[str, Any]) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_lora.adapter.attach import EMBEDDINGS, LINEARS, lora_layers
 from mlx_lora.errors import ModelError
+from mlx_lora.models import in_dims
 
 SMALL = 1 << 20  # weights: up to here one dense copy (4 MB) costs less than the calls into MLX
 CHUNK = 1 << 22  # weights dequantized at a time for the Frobenius norm
@@ -157,9 +158,7 @@ def frozen_layers(model: nn.Module) -> dict[str, Any]:
 
 def misfit(layer: Any, shape_OI: tuple[int, int], expert: int | None) -> str:
     """Why an adapter of this shape cannot sit on this layer; empty when it can."""
-    width = (
-        layer.weight.shape[-1] * 32 // layer.bits if "scales" in layer else layer.weight.shape[-1]
-    )
+    width = in_dims(layer)
     *experts, rows = layer.weight.shape[:-1]
     if (expert is None) != (not experts) or (expert or 0) >= (experts or [1])[0]:
         return f"the base has {experts[0] if experts else 'no'} experts here"
