@@ -16,7 +16,8 @@ from mlx_lora.models import Loaded
 from mlx_lora.optimizers import optimizer_of
 from mlx_lora.prepare import attach, load
 from mlx_lora.rl.grpo import loss_options, problems
-from mlx_lora.rl.learner import gradients, pack, trainable_count
+from mlx_lora.rl.learner import gradients, trainable_count
+from mlx_lora.rl.logprobs import pack
 from mlx_lora.rl.losses import losses
 from mlx_lora.rl.rejection import ROWS
 from mlx_lora.rl.rollout import rollout

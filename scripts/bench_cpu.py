@@ -30,7 +30,8 @@ def measure() -> dict[str, Any]:
 
     from mlx_lora.adapter.attach import attach
     from mlx_lora.generate import generate
-    from mlx_lora.rl.learner import gradients, pack
+    from mlx_lora.rl.learner import gradients
+    from mlx_lora.rl.logprobs import pack
     from mlx_lora.rl.losses import losses
     from mlx_lora.tasks import load_task
 

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lora import config, models
 from mlx_lora.adapter.attach import attach, lora_layers
 from mlx_lora.generate import generate
-from mlx_lora.rl import grpo, learner, monitor
+from mlx_lora.rl import grpo, learner, logprobs, monitor
 from mlx_lora.rl.evaluate import evaluate, wilson
 from mlx_lora.rl.losses import losses
 from mlx_lora.runlog import Clock
@@ -118,8 +118,8 @@ def rows():
 def test_packed_logps_equal_row_by_row_and_padding_has_no_gradient():
     model = tiny(bits=4)
     attach(model, init="gaussian")
-    packed = learner.pack(rows(), np.array([1.0, -1.0]))
-    logps_BT, entropy_BT = learner.completion_logps(model, packed, 1.0)
+    packed = logprobs.pack(rows(), np.array([1.0, -1.0]))
+    logps_BT, entropy_BT = logprobs.completion_logps(model, packed, 1.0)
     for row, r in enumerate(rows()):
         logits = model(mx.array([[*r.prompt_ids, *r.ids]]))[0, len(r.prompt_ids) - 1 : -1]
         logps = nn.log_softmax(logits)
@@ -136,7 +136,7 @@ def test_shared_prompts_equal_full_rows_forward_and_backward(architecture):
     model = tiny(architecture, bits=4)
     attach(model, init="gaussian", init_options={"std": 0.1})
     siblings = [*rows(), Rollout((1, 2, 3), (9, 4, 4, 2), (-1.0,) * 4, "", True)]
-    packed = learner.pack(siblings, np.zeros(3))
+    packed = logprobs.pack(siblings, np.zeros(3))
     assert len(packed.prompts) == 2
     weight_BTD = mx.random.normal((3, 4, 128), key=mx.random.key(0)) * packed.mask_BT[..., None]
 
@@ -144,7 +144,7 @@ def test_shared_prompts_equal_full_rows_forward_and_backward(architecture):
         return nn.value_and_grad(model, lambda m: (hidden(m, packed) * weight_BTD).sum())(model)
 
     (a, a_grads), (b, b_grads) = (
-        value(f) for f in (learner.completion_hidden, learner.completion_hidden_in_full)
+        value(f) for f in (logprobs.completion_hidden, logprobs.completion_hidden_in_full)
     )
     assert a.item() == pytest.approx(b.item(), abs=1e-3)
     for (name, x), (_, y) in zip(tree_flatten(a_grads), tree_flatten(b_grads), strict=True):
@@ -169,15 +169,15 @@ def test_on_policy_gradient_is_reinforce():
     model = tiny(bits=4)
     attach(model, init="gaussian")
     advantages = np.array([0.7, -0.3])
-    packed = learner.pack(rows(), advantages)
-    exact = mx.stop_gradient(learner.completion_logps(model, packed, 1.0)[0])
-    packed = learner.Packed(**{**packed.__dict__, "sampler_logps_BT": exact})
+    packed = logprobs.pack(rows(), advantages)
+    exact = mx.stop_gradient(logprobs.completion_logps(model, packed, 1.0)[0])
+    packed = logprobs.Packed(**{**packed.__dict__, "sampler_logps_BT": exact})
     _, grads = learner.gradients(
         model, packed, losses.bind("dapo", {}), temperature=1.0, beta=0.0, measure_kl=False
     )
 
     def reinforce(model):
-        logps_BT, _ = learner.completion_logps(model, packed, 1.0)
+        logps_BT, _ = logprobs.completion_logps(model, packed, 1.0)
         return -(logps_BT * packed.advantages_B[:, None] * packed.mask_BT).sum() / 4
 
     expected = nn.value_and_grad(model, reinforce)(model)[1]
@@ -188,7 +188,7 @@ def test_on_policy_gradient_is_reinforce():
 def test_kl_is_zero_at_the_start_and_pulls_back_later():
     model = tiny(bits=4)
     attach(model)
-    packed = learner.pack(rows(), np.array([1.0, -1.0]))
+    packed = logprobs.pack(rows(), np.array([1.0, -1.0]))
     options = {"temperature": 1.0, "measure_kl": True}
     metrics, _ = learner.gradients(model, packed, losses.bind("dapo", {}), beta=0.0, **options)
     assert metrics["kl"].item() == 0.0
@@ -196,7 +196,7 @@ def test_kl_is_zero_at_the_start_and_pulls_back_later():
     attach(moved)
     for layer in lora_layers(moved).values():
         layer.lora_b = layer.lora_b + 0.02
-    still = learner.pack(rows(), np.zeros(2))
+    still = logprobs.pack(rows(), np.zeros(2))
     metrics, grads = learner.gradients(moved, still, losses.bind("dapo", {}), beta=0.5, **options)
     assert metrics["kl"].item() > 0
     assert any(mx.abs(g).max().item() > 0 for _, g in tree_flatten(grads))
@@ -205,7 +205,7 @@ def test_kl_is_zero_at_the_start_and_pulls_back_later():
 def test_nothing_in_the_padding_reaches_the_kl(monkeypatch):
     model = tiny(bits=4)
     attach(model)
-    packed = learner.pack(rows(), np.array([1.0, -1.0]))
+    packed = logprobs.pack(rows(), np.array([1.0, -1.0]))
     real = learner.reference_logps
     monkeypatch.setattr(
         learner,
@@ -305,7 +305,7 @@ def test_a_finding_is_reported_once_a_run():
 def test_dead_modules_and_the_largest_share_are_counted():
     model = tiny(bits=4)
     attach(model, keys=["q_proj"])
-    packed = learner.pack(rows(), np.array([1.0, -1.0]))
+    packed = logprobs.pack(rows(), np.array([1.0, -1.0]))
     options = {"temperature": 1.0, "beta": 0.0, "measure_kl": False}
     _, grads = learner.gradients(model, packed, losses.bind("dapo", {}), **options)
     health = learner.gradient_health(grads)

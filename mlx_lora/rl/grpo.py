@@ -16,7 +16,9 @@ from mlx_lora.data import draw
 from mlx_lora.models import Loaded
 from mlx_lora.optimizers import Diverged, Metrics, Patience, learning_rate
 from mlx_lora.rl.advantages import advantages, zero_variance
-from mlx_lora.rl.learner import apply, gradient_health, gradients, pack
+from mlx_lora.rl.describe import describe
+from mlx_lora.rl.learner import apply, gradient_health, gradients
+from mlx_lora.rl.logprobs import pack
 from mlx_lora.rl.losses import losses
 from mlx_lora.rl.rollout import rewards, rollout
 from mlx_lora.runlog import Clock
@@ -116,24 +118,6 @@ def wants_kl(e: Stage, step: int) -> bool:
     if e.scale_schedule and e.scale_schedule.name in NEEDS_KL:
         return True
     return (step + 1) % e.monitor.every == 0 or step in (0, e.iters - 1)
-
-
-def describe(groups: Sequence[Group], rewards_PG: np.ndarray) -> Metrics:
-    """What the rollouts look like, before any learning."""
-    rows = [r for g in groups for r in g.rollouts]
-    lengths = np.array([len(r.ids) for r in rows])
-    reasons = [r.reason for g in groups for r in g.rewards]
-    return {
-        "reward": float(rewards_PG.mean()),
-        "reward_std": float(rewards_PG.std()),
-        "accuracy": float(np.mean([r == "correct" for r in reasons])),
-        "groups_without_signal": float(zero_variance(rewards_PG).mean()),
-        "completion_tokens": float(lengths.mean()),
-        "truncated": float(np.mean([not r.finished for r in rows])),
-        "empty": float(np.mean([not r.text.strip() for r in rows])),
-        "sampled_logp": float(np.mean([np.mean(r.logps) for r in rows])),
-        "tokens_sampled": int(lengths.sum()),
-    }
 
 
 def problems(task: Task, wanted: int, seed: int) -> Sequence[Sample]:
