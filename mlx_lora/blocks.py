@@ -153,14 +153,16 @@ class HfDataset(Block):
 
 
 class Check(Block):
-    enabled: bool = True
-    """Compare base and attached model before the first step; a fail stops the run."""
+    on_fail: Literal["stop", "warn"] = "stop"
+    """What a failed check before the first step does: ends the run, or is only said."""
     expect: Literal["same", "healthy", "changed"] | None = None
-    """null: `same` for inits that claim harmlessness, `healthy` with a loaded adapter."""
-    prompts: Texts | None = None
-    """Texts to compare on. null: the ones we ship."""
-    samples: Whole = 3
-    """Completions shown side by side."""
+    """null: `same` for a fresh adapter, `healthy` for one from disk."""
+    prompts: str | None = None
+    """A JSONL or text file of texts to read and prompts to continue. null: the ones we ship."""
+    samples: Count | None = None
+    """Prompts continued, at most. null: all."""
+    limits: dict[str, dict[str, float]] = {}
+    """Other thresholds, by gate: {divergence: {fail: 0.2}} (docs/check.md has the defaults)."""
 
 
 class RolloutOptions(Block):

@@ -35,6 +35,7 @@ class Guard:
 
     def __init__(self, e: Stage, prepared: Prepared, recorder: Recorder) -> None:
         self.e, self.recorder, self.loaded = e, recorder, prepared.loaded
+        self.limits = prepared.asked.limits
         texts = sorted(prepared.probes.texts, key=lambda text: len(text[0]))[:TEXTS]
         self.probes = Probes(texts, [])
         self.healthy: Snapshot | None = None
@@ -104,7 +105,8 @@ class Guard:
             zeroed=[],
             dropout=0.0,
         )
-        said = [gates[name](measured, "healthy", None) for name in LOOKED_AT]
+        bound = [gates.bind(name, self.limits.get(name, {})) for name in LOOKED_AT]
+        said = [gate(measured, "healthy", None) for gate in bound]
         return [g.sentence for g in said if g is not None and g.verdict == "fail"]
 
     def say(self, steps_done: int, message: str, policy: str) -> None:

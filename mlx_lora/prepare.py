@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from mlx_lora import models
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
 from mlx_lora.adapter.inits import REBASING, label
+from mlx_lora.blocks import Check
 from mlx_lora.check import certificate, gate
 from mlx_lora.check.gate import fingerprint
 from mlx_lora.check.probes import Probes, read
@@ -40,6 +42,7 @@ class Prepared:
     prints: Sequence[str]
     report: gate.Report
     seed: int
+    asked: Check  # what the experiment says of checks
 
 
 def load(e: Stage) -> Loaded:
@@ -54,12 +57,24 @@ def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console)
         loaded = load(e)
     with clock.measure("check"):
         began = time.perf_counter()
-        probes = read(loaded)
+        asked = e.check
+        path = Path(asked.prompts) if asked.prompts else None
+        probes = read(loaded, path, samples=asked.samples)
         prints = fingerprint(loaded, probes)
         config, expect, about = attach(loaded, experiment)
         init = label(e.init.name, e.init.options) if expect == "same" else None
-        report = gate.judge(loaded, probes, prints, expect, init, began, e.seed, about=about)
-    judged(report, log, console)
+        report = gate.judge(
+            loaded,
+            probes,
+            prints,
+            asked.expect or expect,
+            init,
+            began,
+            e.seed,
+            limits=asked.limits,
+            about=about,
+        )
+    judged(report, log, console, stop=asked.on_fail == "stop")
     rebased = e.init.name in REBASING and not e.resume_adapter_file
     if (loaded.quantized_here or rebased) and not (log.folder / "base").exists():
         with clock.measure("save base"):
@@ -72,7 +87,7 @@ def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console)
     files.save(loaded.model, config, initial)
     if expect == "same":
         certificate.write(loaded, report, initial)
-    return Prepared(loaded, config, probes, prints, report, e.seed)
+    return Prepared(loaded, config, probes, prints, report, e.seed, asked)
 
 
 def attach(
@@ -109,16 +124,18 @@ def check_again(prepared: Prepared, log: RunLog, clock: Clock, console: Console)
     with clock.measure("check"):
         began = time.perf_counter()
         p = prepared
-        report = gate.judge(p.loaded, p.probes, p.prints, "healthy", None, began, p.seed)
-    judged(report, log, console)
+        report = gate.judge(
+            p.loaded, p.probes, p.prints, "healthy", None, began, p.seed, limits=p.asked.limits
+        )
+    judged(report, log, console, stop=p.asked.on_fail == "stop")
     return report
 
 
-def judged(report: gate.Report, log: RunLog, console: Console) -> None:
-    """Write and say what the check found. Raises CheckFailed."""
+def judged(report: gate.Report, log: RunLog, console: Console, *, stop: bool = True) -> None:
+    """Write and say what the check found. Raises CheckFailed unless the experiment goes on."""
     log.write_json(CHECK, report.to_json())
     console.print(verdict_line(report))
-    if report.verdict == "fail":
+    if report.verdict == "fail" and stop:
         raise CheckFailed(report)
 
 

@@ -12,8 +12,7 @@ from mlx_lora.schema import Experiment, Stage
 METHODS = ("sft", "grpo")
 EVERYWHERE = (
     "grad_accumulation_steps", "grad_checkpoint", "report_to", "clear_cache_threshold", "train",
-    "test", "eval.every", "check.expect", "check.prompts", "check.enabled", "check.samples",
-    "lora_parameters.type", "lora_parameters.rank_pattern",
+    "test", "eval.every", "lora_parameters.type", "lora_parameters.rank_pattern",
 )  # fmt: skip
 UNUSED = {  # keys that a method does not act on
     "grpo": (*EVERYWHERE, "epochs", "grpo.epochs"),

@@ -115,6 +115,7 @@ GOOD = Measured(
     base_recorded=None,
     file_intact=None,
     dropout=0.0,
+    chat_template=True,
     probes_hash="p",
     logits_base_hash="l",
     logits_adapted_hash="l",

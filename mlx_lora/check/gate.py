@@ -16,7 +16,7 @@ from mlx_lora.check.probes import ROOM, Probes, read
 from mlx_lora.check.reading import Reading
 from mlx_lora.check.reading import fingerprint as fingerprint_of
 from mlx_lora.check.sides import Side, refuse_other_tokens
-from mlx_lora.errors import ConfigError, near
+from mlx_lora.errors import ConfigError, UserError, near
 from mlx_lora.models import Loaded
 from mlx_lora.runlog import json_safe
 
@@ -80,18 +80,20 @@ def check(
     lora: Mapping[str, Any] | None = None,
     expect: str | None = None,
     prompts: Path | None = None,
+    samples: int | None = None,
     limits: Limits | None = None,
     seed: int = 0,
 ) -> Report:
     """Attach an adapter (from `adapter`, else a fresh one started by `init`) and judge it.
 
     `lora` holds rank, scale, keys, num_layers. `expect` is same, healthy or changed; None means
-    healthy for an adapter from disk and same for a fresh one. The model keeps the adapter.
+    healthy for an adapter from disk and same for a fresh one. `samples` prompts are continued at
+    most. The model keeps the adapter.
     """
     begin = time.perf_counter()
     refuse_expectation(expect)
     check_limits(limits)
-    probes = read(loaded, prompts)
+    probes = read(loaded, prompts, samples=samples)
     prints = fingerprint(loaded, probes)
     if adapter is not None:
         config = files.load(loaded.model, adapter)
@@ -113,6 +115,7 @@ def compare(
     *,
     expect: str | None = None,
     prompts: Path | None = None,
+    samples: int | None = None,
     limits: Limits | None = None,
     seed: int = 0,
 ) -> Report:
@@ -122,7 +125,7 @@ def compare(
     check_limits(limits)
     base, adapted = Side(against), Side(loaded)
     refuse_other_tokens(base, adapted)
-    probes = read(against, prompts)
+    probes = read(against, prompts, samples=samples)
     return judged(base, adapted, probes, None, expect or "same", None, begin, seed, limits=limits)
 
 
@@ -183,6 +186,12 @@ def refuse_expectation(expect: str | None) -> None:
 
 
 def check_limits(limits: Limits | None) -> None:
-    """Raise for a gate or a threshold that does not exist."""
+    """Raise for gates and thresholds that do not exist, all at once."""
+    problems = []
     for name, given in (limits or {}).items():
-        gates.bind(name, given)
+        try:
+            gates.bind(name, given)
+        except UserError as error:
+            problems.append(f"{error}. {error.hint}" if error.hint else str(error))
+    if problems:
+        raise ConfigError("\n".join(problems), "`mlx-lora ls gates` shows them.")

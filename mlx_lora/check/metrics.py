@@ -55,6 +55,7 @@ class Measured:
     base_recorded: bool | None  # the base is the one the adapter was trained on; None: not recorded
     file_intact: bool | None  # the factors are those saved with the config; None: not recorded
     dropout: float
+    chat_template: bool  # prompts go through the tokenizer's chat template
     samples: Sequence[SamplePair] = field(default_factory=list)
 
 
@@ -77,9 +78,12 @@ def measure(
     """
     reading = read_both(base, adapted, probes)
     kl = reading.column("kl")
+    facts = adapter_facts(adapted, probes)
+    identical = reading.base_prints == reading.adapted_prints
+    identical = identical and base_prints in (None, reading.adapted_prints)
+    idle = identical and facts["b_norm"] == 0 and not facts["non_finite"]
     measured = Measured(
-        bitwise_identical=reading.base_prints == reading.adapted_prints
-        and base_prints in (None, reading.adapted_prints),
+        bitwise_identical=identical,
         same_prompts=same_prompts(base, adapted),
         off_restores_base=base_prints in (None, reading.base_prints),
         kl_mean=float(kl.mean()),
@@ -94,10 +98,11 @@ def measure(
         probes_hash=digest_text(json.dumps([probes.texts, probes.prompts])),
         logits_base_hash=digest_text(" ".join(base_prints or reading.base_prints)),
         logits_adapted_hash=digest_text(" ".join(reading.adapted_prints)),
+        chat_template=bool(getattr(base.loaded.tokenizer, "chat_template", None)),
         file_intact=file_intact,
         base_recorded=knows_base(adapted, (about or {}).get("sketch")),
-        **adapter_facts(adapted, probes),
-        **write_both(base, adapted, probes.prompts, sample_tokens, seed),
+        **facts,
+        **write_both(base, adapted, probes.prompts, sample_tokens, seed, idle=idle),
     )
     return measured, reading
 

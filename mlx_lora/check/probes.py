@@ -19,8 +19,10 @@ class Probes:
     prompts: list[str]
 
 
-def read(loaded: Loaded, path: Path | None = None) -> Probes:
+def read(loaded: Loaded, path: Path | None = None, *, samples: int | None = None) -> Probes:
     """Probes from a JSONL or text file; else the embedded model's own set, or a general one.
+
+    At most `samples` prompts are continued; None: all.
 
     JSONL rows: {"text": ...} is read whole, {"prompt": ..., "completion": ...} is read from the
     completion on, {"prompt": ...} is continued. A .txt file is one text per line, read and
@@ -54,4 +56,4 @@ def read(loaded: Loaded, path: Path | None = None) -> Probes:
             f"{path}: {len(texts)} texts to read and {len(prompts)} prompts to continue; need both",
             'Rows are {"text": ...}, {"prompt": ..., "completion": ...} or {"prompt": ...}.',
         )
-    return Probes(texts, prompts)
+    return Probes(texts, prompts[:samples])

@@ -152,7 +152,7 @@ def compared(
         places, targets = mx.array(places_K[start:stop]), mx.array(targets_K[start:stop])
         p_kV, q_kV = (log_softmax(x[places]) for x in flat)
         rows = [
-            (exp(p_kV) * (p_kV - q_kV)).sum(axis=-1),
+            mx.maximum((exp(p_kV) * (p_kV - q_kV)).sum(axis=-1), 0),  # below 0 by rounding alone
             (mx.argmax(p_kV, axis=-1) == mx.argmax(q_kV, axis=-1)).astype(mx.float32),
             *(-mx.take_along_axis(x, targets[:, None], axis=-1)[:, 0] for x in (p_kV, q_kV)),
             *(entropy(x) for x in (p_kV, q_kV)),

@@ -28,13 +28,16 @@ class Request:
     quantize: Mapping[str, Any] | None = None
     expect: str | None = None
     prompts: Path | None = None
+    samples: int | None = None
     limits: Limits = field(default_factory=dict)
     seed: int = 0
     against: str | None = None  # another model, to compare with ...
     adapter2: Path | None = None  # ... and its adapter
+    trust_remote_code: bool = False
 
     def load(self, name: str, quantize: Mapping[str, Any] | None = None) -> models.Loaded:
-        return models.load(name, quantize=dict(quantize) if quantize else None)
+        packed = dict(quantize) if quantize else None
+        return models.load(name, quantize=packed, trust_remote_code=self.trust_remote_code)
 
 
 def request(
@@ -83,17 +86,24 @@ def request(
 
 
 def of_experiment(name: str, given: Request) -> Request:
-    """The request that an experiment file makes."""
+    """The request that an experiment file makes; what the command line gives goes first."""
     from mlx_lora import config
 
-    e = config.load(config.find(name), []).first
-    asked = e.lora_parameters
+    experiment = config.load(config.find(name), [])
+    config.check_names(experiment)
+    e = experiment.first
+    asked, own = e.lora_parameters, e.check
     return replace(
         given,
         model=e.model,
         init=e.init.name,
         options=dict(e.init.options),
         seed=e.seed,
+        trust_remote_code=e.trust_remote_code,
+        expect=given.expect or own.expect,
+        prompts=given.prompts or (Path(own.prompts) if own.prompts else None),
+        samples=given.samples or own.samples,
+        limits={**own.limits, **given.limits},
         quantize=e.quantize.model_dump() if e.quantize else None,
         adapter=files.folder_of(e.resume_adapter_file) if e.resume_adapter_file else None,
         lora={
@@ -137,6 +147,7 @@ def check_named(
             other,
             expect=expect,
             prompts=asked.prompts,
+            samples=asked.samples,
             limits=asked.limits,
             seed=asked.seed,
         )
@@ -150,6 +161,7 @@ def check_named(
             lora=asked.lora,
             expect=expect,
             prompts=asked.prompts,
+            samples=asked.samples,
             limits=asked.limits,
             seed=asked.seed,
         )

@@ -29,6 +29,8 @@ def print_report(report: Report) -> None:
     console = Console(highlight=False)
     console.print(gate_table(report))
     console.print(sample_table(report))
+    if not report.measured.chat_template:
+        console.print("The tokenizer has no chat template: prompts were given as plain text.")
     if report.layers:
         moved = [f"{layer['block']}: {layer['drift']:.3g}" for layer in report.layers]
         console.print(f"how far each block's output moved   {'   '.join(moved)}", soft_wrap=True)

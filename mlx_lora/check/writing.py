@@ -23,14 +23,22 @@ class SamplePair:
 
 
 def write_both(
-    base: Side, adapted: Side, prompts: Sequence[str], max_tokens: int, seed: int
+    base: Side,
+    adapted: Side,
+    prompts: Sequence[str],
+    max_tokens: int,
+    seed: int,
+    *,
+    idle: bool = False,
 ) -> dict[str, Any]:
     """Continuations of both sides and their looks: the fields of Measured that tell of samples.
 
     The base reads what both wrote: garble surprises it. The adapted side reads its own too, in one
     full forward, against the log-probabilities that the cached decode gave when it drew them.
+    `idle`: the adapter adds exact zeros, so what it writes is what the base writes, decoded once.
     """
-    wrote = [continuations(side, prompts, max_tokens, seed) for side in (base, adapted)]
+    own_texts = continuations(adapted, prompts, max_tokens, seed)
+    wrote = [own_texts if idle else continuations(base, prompts, max_tokens, seed), own_texts]
     both = [*wrote[0], *wrote[1]]
     probes = Probes([([*r.prompt_ids, *r.ids], len(r.prompt_ids)) for r in both], [])
     reading = read_both(base, adapted, probes)

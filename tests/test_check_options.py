@@ -1,0 +1,91 @@
+"""What an experiment's `check:` block says reaches the check, in `check`, `train` and training."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mlx_lora import config, models
+from mlx_lora.check import writing
+from mlx_lora.check.gate import check
+from mlx_lora.check.run import of_experiment, request
+from mlx_lora.errors import ConfigError
+from mlx_lora.experiment import CheckFailed, run
+
+SMALL = """
+model: demo
+method: grpo
+task: {name: countdown, max_count: 2}
+iters: 1
+batch_size: 2
+grpo: {group_size: 2}
+rollout: {max_tokens: 4}
+eval: {n: 4}
+lora_parameters: {rank: 2, scale: 1.0, keys: [q_proj]}
+"""
+LOUD = "init: {name: gaussian, std: 0.5}\n"
+NOTHING = {"adapter": None, "init": "zero", "option": [], "lora": {}, "bits": None}
+
+
+def experiment(more: str) -> config.Experiment:
+    return config.from_text(SMALL + more, "small.yaml", [])
+
+
+def quiet() -> Console:
+    return Console(file=Path("/dev/null").open("w"))
+
+
+def test_a_failed_check_stops_the_run_or_is_only_said(tmp_path):
+    with quiet().file:
+        with pytest.raises(CheckFailed):
+            run(experiment(LOUD), tmp_path / "stop", quiet())
+        summary = run(experiment(LOUD + "check: {on_fail: warn}\n"), tmp_path / "warn", quiet())
+    assert summary["check"]["verdict"] == "fail" and summary["steps"] == 1
+
+
+def test_limits_expectation_prompts_and_samples_come_from_the_block(tmp_path):
+    texts = tmp_path / "mine.txt"
+    texts.write_text("Tom has a red cup.\nThe duck is in the garden.\nBen went home.\n")
+    limits = "limits: {divergence: {fail: 1e-9, warn: 1e-9}}"
+    start = "init: {name: gaussian, std: 0.02}\n"
+    more = f"{start}check: {{prompts: {texts}, samples: 2, {limits}}}\n"
+    with pytest.raises(CheckFailed) as caught:
+        run(experiment(more), tmp_path / "run", quiet())
+    said = {g.name: g.verdict for g in caught.value.report.gates}
+    assert said["divergence"] == "fail"
+    assert [pair.prompt for pair in caught.value.report.measured.samples] == [
+        "Tom has a red cup.",
+        "The duck is in the garden.",
+    ]
+    assert len(set(caught.value.report.reading.text_K)) == 3
+
+
+def test_check_on_a_file_reads_the_block_and_the_command_line_goes_first(tmp_path):
+    path = tmp_path / "e.yaml"
+    block = "check: {expect: healthy, samples: 3, limits: {size: {warn: 9}, reading: {fail: 8}}}\n"
+    path.write_text(SMALL + block)
+    asked = request(str(path), **NOTHING)
+    assert (asked.expect, asked.samples) == ("healthy", 3)
+    assert asked.limits == {"size": {"warn": 9.0}, "reading": {"fail": 8.0}}
+    asked = request(str(path), **NOTHING, limit=["size.warn=2"], expect="same")
+    assert asked.expect == "same" and asked.limits["size"] == {"warn": 2}
+    assert of_experiment(str(path), asked).samples == 3
+
+
+def test_gates_and_thresholds_that_do_not_exist_are_listed_together():
+    with pytest.raises(ConfigError) as caught:
+        config.check_names(experiment("check: {limits: {divergance: {fail: 1}, size: {wan: 2}}}\n"))
+    assert "divergance" in str(caught.value) and "wan" in str(caught.value)
+
+
+def test_an_adapter_of_exact_zeros_is_decoded_once_and_any_other_twice(monkeypatch):
+    decoded = []
+    real = writing.continuations
+    monkeypatch.setattr(
+        writing, "continuations", lambda side, *rest: decoded.append(side.off) or real(side, *rest)
+    )
+    report = check(models.load("demo"), samples=2)
+    assert report.verdict == "pass" and decoded == [False]
+    decoded.clear()
+    check(models.load("demo"), init="gaussian", samples=2)
+    assert sorted(decoded) == [False, True]
