@@ -42,6 +42,7 @@ TABLES = {  # as text, because the tables live in layers above this one
     "scale_schedule": ("mlx_lora.adapter.schedules", "schedules"),
     "loss": ("mlx_lora.rl.losses", "losses"),
     "advantage": ("mlx_lora.rl.advantages", "advantages"),
+    "gate": ("mlx_lora.check.gates", "gates"),
 }
 ELSEWHERE = {  # what other trainers call it
     "lr": "learning_rate",
@@ -307,19 +308,12 @@ def lookups(loop: Stage) -> Iterator[tuple[KeyPath, Callable[[], object]]]:
         from mlx_lora.tasks import load_task
 
         yield ("task",), lambda: load_task(task.name, task.options)
-    yield ("check", "limits"), lambda: check_limits(loop)
+    for gate, options in loop.check.limits.items():
+        yield ("check", "limits"), functools.partial(table("gate").bind, gate, options)
     if loop.method == "grpo":
         yield ("grpo", "loss"), lambda: table("loss")[loop.grpo.loss]
         yield ("grpo", "advantage"), lambda: table("advantage")[loop.grpo.advantage]
     yield ("optimizer_config", loop.optimizer), lambda: check_optimizer(loop)
-
-
-def check_limits(loop: Stage) -> None:
-    """Each of the check's gates and thresholds exists."""
-    if loop.check.limits:
-        from mlx_lora.check.gate import check_limits as refuse_unknown
-
-        refuse_unknown(loop.check.limits)
 
 
 def check_optimizer(loop: Stage) -> None:

@@ -1,6 +1,6 @@
 """What an experiment's `check:` block says reaches the check, in `check`, `train` and training."""
 
-from pathlib import Path
+import io
 
 import pytest
 from rich.console import Console
@@ -32,15 +32,16 @@ def experiment(more: str) -> config.Experiment:
 
 
 def quiet() -> Console:
-    return Console(file=Path("/dev/null").open("w"))
+    return Console(file=io.StringIO())
 
 
 def test_a_failed_check_stops_the_run_or_is_only_said(tmp_path):
-    with quiet().file:
-        with pytest.raises(CheckFailed):
-            run(experiment(LOUD), tmp_path / "stop", quiet())
-        summary = run(experiment(LOUD + "check: {on_fail: warn}\n"), tmp_path / "warn", quiet())
-    assert summary["check"]["verdict"] == "fail" and summary["steps"] == 1
+    with pytest.raises(CheckFailed):
+        run(experiment(LOUD), tmp_path / "stop", quiet())
+    summary = run(experiment(LOUD + "check: {on_fail: warn}\n"), tmp_path / "warn", quiet())
+    assert summary["check"]["verdict"] == "fail"
+    assert (tmp_path / "warn" / "metrics.jsonl").exists()
+    assert not (tmp_path / "stop" / "metrics.jsonl").exists()
 
 
 def test_limits_expectation_prompts_and_samples_come_from_the_block(tmp_path):

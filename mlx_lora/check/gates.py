@@ -154,7 +154,7 @@ def divergence(
 
 @gates.add
 def agreement(
-    m: Measured, expect: str, init: str | None, *, warn: float = 0.02, fail: float = 0.10
+    m: Measured, expect: str, init: str | None, *, warn: float = 0.05, fail: float = 0.10
 ) -> Gate | None:
     """Share of tokens whose most likely successor changed."""
     if expect != "same":
