@@ -17,6 +17,7 @@ Portion = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 AboveOne = Annotated[float, Field(gt=1)]
 Texts = Annotated[tuple[str, ...], Field(strict=False)]  # not strict: YAML gives lists
+Stops = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 QUANTIZATION = {"affine": (4, 64), "mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
 INSTEAD = {"alpha": "scale", "sigma": "perturb_scale", "epochs": "iters"}  # of two, give one
 
@@ -174,6 +175,12 @@ class RolloutOptions(Block):
     """Sample from the k likeliest tokens. 0: all."""
     max_tokens: Count = 256
     """Tokens of a completion, at most."""
+    stop: Stops | None = None
+    """Texts after which a completion ends. null: the task's own, []: none."""
+    width: Count = 128
+    """Rows decoded together, at most. Waiting prompts take the places of rows that end."""
+    reward_seconds: Positive = 60
+    """Seconds that the rewards of one group may take."""
 
 
 class RejectionSampling(Block):
@@ -201,14 +208,33 @@ class Grpo(Block):
     """`mlx-lora ls advantages`"""
     beta: NotNegative = 0.0
     """Weight of the KL to the model with the adapter switched off. 0: no second forward pass."""
-    clip_low: Share = 0.2
-    """A token stops learning below a probability ratio of 1 - clip_low ..."""
-    clip_high: Positive = 0.28
-    """... and above 1 + clip_high."""
+    clip_low: Share | None = None
+    """A token stops learning below a probability ratio of 1 - clip_low. null: the loss's own."""
+    clip_high: Positive | None = None
+    """... and above 1 + clip_high; of cispo the highest ratio itself. null: the loss's own."""
     epochs: Count = 1
-    """Optimizer passes over the same rollouts."""
+    """Passes over the same rollouts."""
+    minibatches: Count = 1
+    """Optimizer steps of a pass, each on its part of the rows."""
+    importance_sampling: Literal["token", "sequence", "none"] = "token"
+    """Weight of learner over sampler: of each token, cut at is_cap; of each row, which does not
+    train above is_cap; or none."""
+    is_cap: AboveOne = 2.0
+    """Highest such weight."""
+    dynamic_sampling: Whole = 0
+    """Rounds of fresh problems, at most, until batch_size groups have a spread of rewards."""
+    overlong_buffer: Whole = 0
+    """Tokens before max_tokens over which a penalty grows from 0 to -1. 0: no penalty."""
+    mask_truncated: bool = False
+    """Do not learn from rollouts that were cut at max_tokens."""
     max_grad_norm: Positive = 1.0
     """Longer gradients are shortened to this."""
+
+    @property
+    def clips(self) -> dict[str, float]:
+        """Options of the loss: the clip values that were given."""
+        given = {"clip_low": self.clip_low, "clip_high": self.clip_high}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class Es(Block):
@@ -247,4 +273,7 @@ class Eval(Block):
     n: Count = 200
     """Held-out problems."""
     every: Whole = 0
-    """Steps between evaluations. 0: only before and after training."""
+    """Steps between evaluations; the best adapter is kept in adapters/best. 0: only before and
+    after training. SFT keeps the adapter of the lowest validation loss."""
+    patience: Whole = 0
+    """Evaluations in a row without a better one before the run stops. 0: never."""

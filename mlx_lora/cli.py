@@ -158,12 +158,14 @@ def run_experiment(
     with clock.measure("import"):
         from mlx_lora import experiment as experiments
         from mlx_lora.check.show import print_report
+        from mlx_lora.distributed import leads
         from mlx_lora.guard import Unhealthy
         from mlx_lora.optimizers import Diverged
         from mlx_lora.progress import console
 
     try:
-        summary = experiments.run(experiment, run_dir, console(), clock=clock, resume=resume)
+        voice = console(quiet=not leads())
+        summary = experiments.run(experiment, run_dir, voice, clock=clock, resume=resume)
     except experiments.CheckFailed as failed:
         if as_json:
             print_json(
@@ -180,6 +182,8 @@ def run_experiment(
             )
         typer.echo(f"Stopped: {stopped}", err=True)
         raise typer.Exit(1) from None
+    if not leads():
+        return
     if as_json:
         print_json(summary)
     else:
@@ -190,25 +194,26 @@ def run_experiment(
 
 @app.command("eval")
 def evaluate(
-    model: Model,
-    task: Annotated[str, typer.Option(help="Task name, see `ls tasks`.")],
+    model: Annotated[str, typer.Argument(help="A model, or an experiment file (.yaml).")],
+    task: Annotated[str | None, typer.Option(help="Task name, see `ls tasks`.")] = None,
     adapter: AdapterFolder = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Held-out problems.")] = 512,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Completion length limit.")] = 256,
+    n: Annotated[int | None, typer.Option("-n", min=1, help="Held-out problems [512].")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Completion length [256].")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Completions sampled of each, pass@k.")] = 1,
     option: Options = None,
+    out: Annotated[Path | None, typer.Option(help="Write every completion, as JSONL.")] = None,
+    seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy on held-out problems with its 95 % interval, greedy and sampled."""
-    from mlx_lora import config, models
-    from mlx_lora.adapter import files
-    from mlx_lora.rl.evaluate import evaluate as measure
-    from mlx_lora.tasks import load_task
+    """Accuracy on held-out problems with its 95 % interval, greedy and sampled.
 
-    job = load_task(task, config.parse_options(option or []))
-    loaded = models.load(model)
-    if adapter:
-        files.load(loaded.model, adapter)
-    result = {"task": task} | measure(loaded, job, n=n, max_tokens=max_tokens)
+    -o gives options of the task (-o path=test.jsonl); with a file, its keys, as in `train`.
+    """
+    from mlx_lora.exam import evaluate_named, request
+    from mlx_lora.progress import console
+
+    asked = request(model, task, option or [], n=n, max_tokens=max_tokens)
+    result = evaluate_named(asked, adapter, samples, out, seed, console())
     if as_json:
         print_json(result)
     else:
@@ -238,7 +243,17 @@ def spectrum(
         Console().print(table(report))
 
 
-KINDS = ("inits", "schedules", "tasks", "losses", "advantages", "metrics", "alerts", "gates")
+KINDS = (
+    "inits",
+    "schedules",
+    "tasks",
+    "rewards",
+    "losses",
+    "advantages",
+    "metrics",
+    "alerts",
+    "gates",
+)
 
 
 @app.command("ls")

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from mlx_lora import yamlfile
+from mlx_lora import tasks, yamlfile
 from mlx_lora.blocks import INSTEAD, Block, rslora_spelled_out
 from mlx_lora.conflicts import conflicts, given, notices
 from mlx_lora.errors import ConfigError, UserError, near
@@ -70,7 +70,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}): {error.reason}") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    return from_text(text, str(path), overrides)
+    return from_text(text, str(path), overrides, folder=path.parent.absolute())
 
 
 def find(name: str | Path) -> Path:
@@ -96,16 +96,21 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
 
 
-def from_text(text: str, name: str = "config", overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment that YAML text describes; every problem of file and options in one error."""
+def from_text(
+    text: str, name: str = "config", overrides: Sequence[str] = (), *, folder: Path = Path()
+) -> Experiment:
+    """The experiment that YAML text describes; every problem of file and options in one error.
+
+    A task's files are looked for in `folder`, those of options where the command runs.
+    """
     document = yamlfile.parse(text, name)
-    raw, marks = spelled_out(document.value), document.marks
+    raw, marks = spelled_out(document.value, folder), document.marks
     problems = list(document.problems)
     if not isinstance(raw, dict):
         what = "nothing" if raw is None else f"a {'list' if isinstance(raw, list) else 'value'}"
         raise ConfigError(f"{name}: needs `key: value` lines, found {what}", "Start: model: demo")
     for key, value in parse_options(overrides).items():
-        raw = merge(raw, spelled_out(nest(key, value)))
+        raw = merge(raw, spelled_out(nest(key, value), Path.cwd()))
         path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
         marks = {p: mark for p, mark in marks.items() if p[: len(path)] != path}
         mark = Mark(2**31, len(marks), f"-o {key}")  # after every line of the file
@@ -205,7 +210,8 @@ def locate(path: KeyPath, marks: Mapping[KeyPath, Mark]) -> tuple[KeyPath, Mark]
 def refuse(problems: Sequence[tuple[Mark, str]]) -> None:
     """Raise the one error that lists them all, in reading order. Nothing when there is none."""
     if problems:
-        lines = dict.fromkeys(f"{mark.label}: {what}" for mark, what in sorted(problems))
+        ordered = sorted(problems, key=lambda problem: problem[0])
+        lines = dict.fromkeys(f"{mark.label}: {what}" for mark, what in ordered)
         raise ConfigError(printable("\n".join(lines)))
 
 
@@ -235,14 +241,18 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def spelled_out(tree: Any) -> Any:
-    """The tree with every `scale: rslora` written in full, so that merging knows what it is."""
+def spelled_out(tree: Any, folder: Path) -> Any:
+    """The tree with short forms in full, so that merging knows what is what, and files in place."""
     if isinstance(tree, list):
-        return [spelled_out(branch) for branch in tree]
+        return [spelled_out(branch, folder) for branch in tree]
     if not isinstance(tree, dict):
         return tree
     return {
-        key: rslora_spelled_out(value) if key == "lora_parameters" else spelled_out(value)
+        key: rslora_spelled_out(value)
+        if key == "lora_parameters"
+        else tasks.anchored(tasks.spelled_out(value), folder)
+        if key == "task"
+        else spelled_out(value, folder)
         for key, value in tree.items()
     }
 
@@ -305,13 +315,11 @@ def lookups(loop: Stage) -> Iterator[tuple[KeyPath, Callable[[], object]]]:
             lambda: table("scale_schedule").bind(schedule.name, schedule.options),
         )
     if (task := loop.task) is not None:
-        from mlx_lora.tasks import load_task
-
-        yield ("task",), lambda: load_task(task.name, task.options)
+        yield ("task",), lambda: tasks.load_task(task.name, task.options)
     for gate, options in loop.check.limits.items():
         yield ("check", "limits"), functools.partial(table("gate").bind, gate, options)
     if loop.method == "grpo":
-        yield ("grpo", "loss"), lambda: table("loss")[loop.grpo.loss]
+        yield ("grpo", "loss"), lambda: table("loss").bind(loop.grpo.loss, loop.grpo.clips)
         yield ("grpo", "advantage"), lambda: table("advantage")[loop.grpo.advantage]
     yield ("optimizer_config", loop.optimizer), lambda: check_optimizer(loop)
 

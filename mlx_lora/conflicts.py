@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlx_lora.blocks import INSTEAD, QUANTIZATION
+from mlx_lora.blocks import INSTEAD, QUANTIZATION, Grpo, RolloutOptions
 from mlx_lora.schema import RL, Experiment, Stage
 from mlx_lora.yamlfile import KeyPath
 
@@ -21,7 +21,8 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """
     top = given(raw)
     blocks: dict[str, dict[str, Any]] = {
-        name: given(raw.get(name)) for name in ("lora_parameters", "rollout", "quantize", "es")
+        name: given(raw.get(name))
+        for name in ("lora_parameters", "rollout", "quantize", "grpo", "es")
     }
     for path, block in [((), top), *(((name,), block) for name, block in blocks.items())]:
         for new, old in INSTEAD.items():
@@ -54,10 +55,31 @@ def rl_conflicts(
         yield ("epochs",), f"{method} draws problems without end: give iters"
     if method == "grpo" and blocks["rollout"].get("temperature") == 0:
         yield ("rollout", "temperature"), "at 0 all rollouts of a group are equal: nothing to learn"
+    if method == "grpo":
+        yield from update_conflicts(top, blocks["grpo"], blocks["rollout"])
     population = blocks["es"].get("population")
     paired = blocks["es"].get("antithetic") is not False
     if method == "es" and paired and isinstance(population, int) and population % 2:
         yield ("es", "population"), "should be even: members come in pairs (or antithetic: false)"
+
+
+def update_conflicts(
+    top: Mapping[str, Any], grpo: Mapping[str, Any], rollout: Mapping[str, Any]
+) -> Iterator[tuple[KeyPath, str]]:
+    """Parts of an update that would be empty, and a penalty that begins before the first token."""
+    prompts = top.get("batch_size", Stage.model_fields["batch_size"].default)
+    group = grpo.get("group_size", Grpo.model_fields["group_size"].default)
+    minibatches, parts = grpo.get("minibatches", 1), top.get("grad_accumulation_steps", 1)
+    numbers = (prompts, group, minibatches, parts)
+    if all(isinstance(n, int) for n in numbers) and minibatches * parts > prompts * group:
+        key: KeyPath = ("grpo", "minibatches") if minibatches > 1 else ("grad_accumulation_steps",)
+        times = f" · grad_accumulation_steps {parts}" if minibatches > 1 and parts > 1 else ""
+        rows = f"{prompts * group} rollouts of a step (batch_size · grpo.group_size)"
+        yield key, f"{minibatches if minibatches > 1 else parts}{times} is more than the {rows}"
+    buffer = grpo.get("overlong_buffer", 0)
+    longest = rollout.get("max_tokens", RolloutOptions.model_fields["max_tokens"].default)
+    if isinstance(buffer, int) and isinstance(longest, int) and buffer > longest:
+        yield ("grpo", "overlong_buffer"), f"{buffer} is more than rollout.max_tokens {longest}"
 
 
 def sampling_conflicts(method: str, top: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:

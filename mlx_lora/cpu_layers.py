@@ -102,6 +102,20 @@ def log_softmax_vjp(primals, cotangent, output):
     return mx.array(g - np.exp(view(output)) * g.sum(axis=-1, keepdims=True))
 
 
+def token_scores(logits_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """See numerics.token_scores."""
+    x_NV, at = view(logits_NV), (np.arange(len(targets_N)), view(targets_N))
+    y_NV = x_NV - x_NV.max(axis=-1, keepdims=True)
+    e_NV = np.exp(y_NV)
+    sum_N = e_NV.sum(axis=-1)
+    logps_N = y_NV[at] - np.log(sum_N)
+    entropy_N = np.log(sum_N) - np.einsum("nv,nv->n", e_NV, y_NV) / sum_N
+    del y_NV
+    e_NV /= -sum_N[:, None]
+    e_NV[at] += 1
+    return mx.array(logps_N), mx.array(entropy_N), mx.array(e_NV)
+
+
 @mx.custom_function
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """gate · sigmoid(gate) · up, differentiable in both."""

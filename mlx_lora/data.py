@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from mlx_lora.errors import ConfigError
 from mlx_lora.models import Loaded, encode_prompt, eos_ids
 
-Row = Mapping[str, str]
+Row = Mapping[str, Any]
 Item = TypeVar("Item")
 
 
@@ -44,10 +44,25 @@ def rows_of(path: Path) -> list[tuple[int, Row]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}:{number}: not JSON: {error.msg}") from error
-        if not isinstance(row, dict) or not all(isinstance(row[k], str) for k in KEYS & row.keys()):
+        row = with_turns(row)
+        if not isinstance(row, dict) or not all(isinstance(row[k], str) for k in texts_in(row)):
             raise ConfigError(f"{path}:{number}: a row is an object with strings under {NAMES}")
         found.append((number, row))
     return found
+
+
+def with_turns(row: Any) -> Any:
+    """The row with a prompt of several turns as `encode_prompt` takes it, in tuples."""
+    turns = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, list) and [type(x) for x in turn] == [str, str] for turn in turns
+    ):
+        return row
+    return {**row, "prompt": tuple((role, content) for role, content in turns)}
+
+
+def texts_in(row: Mapping[str, Any]) -> set[str]:
+    return {k for k in KEYS & row.keys() if not isinstance(row[k], tuple)}
 
 
 KEYS = {"text", "prompt", "completion"}

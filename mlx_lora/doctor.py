@@ -8,8 +8,9 @@ import numpy as np
 
 from mlx_lora import cpu, models
 from mlx_lora.adapter.attach import attach, blocks
+from mlx_lora.caches import prefill
 from mlx_lora.check.machine import machine
-from mlx_lora.generate import generate, prefill
+from mlx_lora.generate import generate
 from mlx_lora.models import logits
 from mlx_lora.registry import Table, first_line
 
@@ -74,8 +75,9 @@ def harmless_start(loaded: models.Loaded) -> Found:
 @examinations.add
 def batched_row_equals_single_row(loaded: models.Loaded) -> Found:
     """A row of a batched decode is the row alone: RoPE was once wrong for all but row 0."""
-    together = generate(loaded, PROMPTS, max_tokens=12, temperature=0.0)
-    alone = [generate(loaded, [p], max_tokens=12, temperature=0.0)[0] for p in PROMPTS]
+    options: dict[str, Any] = {"purpose": "doctor", "max_tokens": 12, "temperature": 0.0}
+    together = generate(loaded, PROMPTS, **options)
+    alone = [generate(loaded, [p], **options)[0] for p in PROMPTS]
     same = [a[0].ids == b[0].ids for a, b in zip(together, alone, strict=True)]
     return all(same), f"{sum(same)} of {len(same)} rows decode the same alone and in a batch"
 

@@ -40,6 +40,10 @@ class TaskError(UserError):
     """A task, its data, or a reward that crashed (never a bad completion)."""
 
 
+class RewardError(TaskError):
+    """A reward that failed, named with its prompt and completion."""
+
+
 class RunError(UserError):
     """A run folder that exists already, cannot be written, or cannot be resumed."""
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 from rich.console import Console
 from rich.markup import escape
 
-from mlx_lora import cpu, data, models, stages, unsupported
+from mlx_lora import cpu, data, distributed, models, stages, unsupported
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import remember_start
 from mlx_lora.config import Experiment, Stage, check_names, resolved
@@ -19,12 +19,13 @@ from mlx_lora.conflicts import notices
 from mlx_lora.errors import ConfigError, RunError
 from mlx_lora.models import Loaded
 from mlx_lora.prepare import CheckFailed, Prepared, prepare
-from mlx_lora.rl import checkpoints
-from mlx_lora.rl.evaluate import evaluate
-from mlx_lora.runlog import Clock, RunLog, environment, plot
+from mlx_lora.rl import checkpoints, grpo
+from mlx_lora.rl.evaluate import evaluate, sentence
+from mlx_lora.rl.prompts import refuse_unfit
+from mlx_lora.runlog import STATUS, Clock, RunLog, environment, plot
 from mlx_lora.spectral.report import LoRAAnalyzer, write
 from mlx_lora.tasks import load_task
-from mlx_lora.types import Task
+from mlx_lora.types import Sample, Task
 
 __all__ = ["CheckFailed", "run"]
 Evaluate = Callable[[], dict[str, Any]]
@@ -40,14 +41,24 @@ def run(
 ) -> dict[str, Any]:
     """Run it and return the summary that `demo --json` prints. Writes only into the run folder.
 
-    `resume` goes on from the newest checkpoint in `run_dir`, to the same bits as an uninterrupted
-    run on the same machine.
+    `resume` goes on from the newest checkpoint in `run_dir`, else from the first step, to the same
+    bits as an uninterrupted run on the same machine.
     """
-    clock = clock or Clock()
+    with distributed.own_folder(run_dir) as folder:
+        return run_in(experiment, folder, console, clock or Clock(), resume=resume)
+
+
+def run_in(
+    experiment: Experiment, run_dir: Path | None, console: Console, clock: Clock, *, resume: bool
+) -> dict[str, Any]:
     tasks = validated(experiment, console)
-    log = reopened(experiment, run_dir) if resume else opened(experiment, run_dir)
+    again = resume and distributed.leads()
+    log = reopened(experiment, run_dir) if again else opened(experiment, run_dir)
     try:
         prepared = prepare(experiment, log, clock, console)
+        for e, task in zip(experiment.loops, tasks, strict=True):
+            if task:
+                refuse_unfit(prepared.loaded, asked(e, task), e.rollout.max_tokens)
         summary = {"task": task_name(experiment), "check": prepared.report.to_json()}
         summary |= learn(experiment, prepared, tasks, log, clock, console)
     except BaseException as error:
@@ -67,14 +78,35 @@ def validated(experiment: Experiment, console: Console) -> list[Task | None]:
     """The task of each loop, once every name and key of the experiment has been judged."""
     check_names(experiment)
     unsupported.refuse(experiment)
-    refuse_occupied(experiment.first)
+    refuse_alone(experiment)
+    if distributed.leads():
+        refuse_occupied(experiment.first)
     for e in experiment.loops:
         if e.method == "sft" and not e.rejection_sampling:
             for path in data.files_of(e.data).values():
                 data.rows_of(path)
-    for notice in notices(experiment):
+    tasks = [load_task(e.task.name, e.task.options) if e.task else None for e in experiment.loops]
+    told = dict.fromkeys(task.notice for task in tasks if task and task.notice)
+    for notice in (*notices(experiment), *told):
         console.print(f"[yellow]Note:[/] {escape(notice)}.")
-    return [load_task(e.task.name, e.task.options) if e.task else None for e in experiment.loops]
+    return tasks
+
+
+def asked(e: Stage, task: Task) -> list[Sample]:
+    """The problems that a stage will sample, and those it is measured on."""
+    if e.rejection_sampling:
+        train = task.load("train", e.rejection_sampling.problems, e.seed)
+    else:
+        train = grpo.problems(task, grpo.drawn(e), e.seed)
+    return [*train, *task.load("test", e.eval.n, 0)]
+
+
+def refuse_alone(experiment: Experiment) -> None:
+    """Methods that only one machine can run."""
+    others = sorted({e.method for e in experiment.loops if e.method != "grpo"})
+    if distributed.size() > 1 and (others or experiment.stages):
+        what = "an experiment with stages" if experiment.stages else f"method {', '.join(others)}"
+        raise ConfigError(f"{what} runs on one machine; a single loop of grpo on several")
 
 
 def refuse_occupied(e: Stage) -> None:
@@ -117,6 +149,8 @@ def reopened(experiment: Experiment, run_dir: Path | None) -> RunLog:
             f"there is no run in {run_dir} to resume: it has no config.yaml",
             "Name its folder with --run-dir, or start a new run without --resume.",
         )
+    if (run_dir / STATUS).is_file() and models.read_json(run_dir / STATUS)["state"] == "finished":
+        raise RunError(f"the run in {run_dir} is finished: there is nothing to resume")
     before = resolved(load_config(run_dir / "config.yaml"))
     changed = sorted(k for k, v in resolved(experiment).items() if v != before.get(k))
     if changed:
@@ -128,7 +162,7 @@ def reopened(experiment: Experiment, run_dir: Path | None) -> RunLog:
         log = RunLog(run_dir)
         log.status("running")
         return log
-    return RunLog.resume(run_dir, step=int(checkpoints.latest(run_dir / "checkpoints").name) - 1)
+    return RunLog.resume(run_dir, step=checkpoints.steps_done(run_dir / "checkpoints") - 1)
 
 
 def learn(
@@ -179,7 +213,15 @@ def evaluation(
     if not pairs:
         return None
     e, task = pairs[-1]
-    return partial(evaluate, loaded, task, n=e.eval.n, max_tokens=e.rollout.max_tokens)
+    return partial(
+        evaluate,
+        loaded,
+        task,
+        n=e.eval.n,
+        max_tokens=e.rollout.max_tokens,
+        stop=e.rollout.stop,
+        reward_seconds=e.rollout.reward_seconds,
+    )
 
 
 def measured(
@@ -195,14 +237,13 @@ def measured(
     if measure is None:
         return {}
     file = log.folder / f"eval_{when}.json"
-    if file.exists():
-        found = models.read_json(file)
-    else:
+    found = distributed.agreed(models.read_json(file) if file.exists() else None)
+    if found is None:
         with clock.measure("evaluate"):
             found = measure()
         if keep:
             log.write_json(file.name, found)
-    console.print(f"{when.capitalize().replace('_', ' ', 1)}: {accuracy_line(found)}")
+    console.print(f"{when.capitalize().replace('_', ' ', 1)}: {sentence(found)}")
     return found
 
 
@@ -210,16 +251,9 @@ def named(result: Mapping[str, Any], when: str) -> dict[str, Any]:
     if not result:
         return {}
     return {k.replace("accuracy", f"accuracy_{when}", 1): result[k] for k in stages.ACCURACY} | {
-        f"reasons_{when}": result["reasons"]
+        f"reward_mean_{when}": result["reward_mean"],
+        f"reasons_{when}": result["reasons"],
     }
-
-
-def accuracy_line(result: Mapping[str, Any]) -> str:
-    return (
-        f"accuracy {result['accuracy']:.1%} of {result['n']} held-out problems "
-        f"({result['accuracy_low']:.1%} to {result['accuracy_high']:.1%}), "
-        f"sampled {result['accuracy_sampled']:.1%}"
-    )
 
 
 def breakdown(clock: Clock, log: RunLog) -> None:

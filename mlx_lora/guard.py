@@ -3,11 +3,13 @@
 Between checks nothing is computed. One look is one forward pass of a few of the check's texts.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 import mlx.nn as nn
 import mlx.optimizers as optim
 
+from mlx_lora import distributed
 from mlx_lora.adapter.attach import lora_layers
 from mlx_lora.check.gates import gates
 from mlx_lora.check.metrics import is_finite, perplexity
@@ -59,6 +61,14 @@ class Guard:
         """The state that a rollback goes back to until a look finds a healthier one."""
         self.healthy = state
 
+    def memory(self) -> dict[str, int]:
+        """What a resumed run has to know."""
+        return {"quiet_until": self.quiet_until, "rollbacks": self.rollbacks}
+
+    def recall(self, memory: Mapping[str, int]) -> None:
+        self.quiet_until = memory.get("quiet_until", 0)
+        self.rollbacks = memory.get("rollbacks", 0)
+
     def after(self, steps_done: int, model: nn.Module, optimizer: optim.Optimizer) -> Snapshot:
         """The state to go on from after a step: as it is, or the last healthy one.
 
@@ -68,7 +78,7 @@ class Guard:
         if not self.due(steps_done):
             return now
         with self.recorder.clock.measure("check in training", kind="step"):
-            failed = self.failures()
+            failed = distributed.agreed(self.failures())
         if not failed:
             self.healthy = now
             return now

@@ -7,6 +7,7 @@ from mlx_lora.adapter.schedules import schedules
 from mlx_lora.check.gates import gates
 from mlx_lora.errors import UnknownNameError, near
 from mlx_lora.registry import Table, first_line
+from mlx_lora.rewards.parts import judges
 from mlx_lora.rl.advantages import advantages
 from mlx_lora.rl.losses import losses
 from mlx_lora.rl.monitor import watchers
@@ -31,6 +32,7 @@ def entries(kind: str) -> list[Entry]:
         return [e | {"note": harm(e["name"])} for e in of_table(inits)]
     tables: dict[str, list[Table]] = {
         "schedules": [schedules],
+        "rewards": [judges],
         "losses": [losses],
         "advantages": [advantages],
         "metrics": [metrics],

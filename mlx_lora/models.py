@@ -1,6 +1,7 @@
 """Load, quantize, tokenize, run: the one file that names mlx-lm's loading functions."""
 
 import contextlib
+import copy
 import io
 import json
 import shutil
@@ -17,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora import cpu
 from mlx_lora.errors import ModelError
+from mlx_lora.types import Message, Prompt
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "assets" / "demo_model"
@@ -195,16 +197,33 @@ def quiet():
         yield
 
 
-@lru_cache(
-    maxsize=8192
-)  # the template costs 1.5 ms, and evaluation asks for the same prompts again
-def encode_prompt(tokenizer: Any, prompt: str) -> tuple[int, ...]:
-    """Token ids of one user turn, with the chat template where the tokenizer has one."""
+@lru_cache(maxsize=8192)  # the template costs 1.5 ms, and the same prompts come again
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
+    """Token ids of a user turn or of a conversation, with the chat template where there is one.
+
+    ModelError for a conversation that the tokenizer has no form for.
+    """
+    plain = isinstance(prompt, str)
     if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        turns: Sequence[Message] = (("user", prompt),) if isinstance(prompt, str) else prompt
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        except Exception as error:  # a template refuses in Jinja's words: roles, their order
+            if plain:
+                raise
+            roles = ", ".join(role for role, _ in turns)
+            raise ModelError(
+                f"the model's chat template refuses messages of {roles}: {error}",
+                "Leave `system` out, or put its text into the user's message.",
+            ) from error
         return tuple(ids["input_ids"] if hasattr(ids, "keys") else ids)
-    return tuple(tokenizer.encode(prompt))
+    if isinstance(prompt, str):
+        return tuple(tokenizer.encode(prompt))
+    raise ModelError(
+        "the tokenizer has no chat template, and a prompt has messages or a system prompt",
+        "Give rows with `prompt` and leave `system` out, or use a model that was made for chat.",
+    )
 
 
 def eos_ids(tokenizer: Any) -> frozenset[int]:
@@ -294,28 +313,71 @@ class Split:
 def split_head(model: nn.Module) -> Split:
     """Body and head where head(body(x)) is exactly the model; else the whole model and nothing.
 
-    Many models scale or cap their logits between or after the two, so the split is tried on a few
-    tokens and believed only if it agrees. The answer is remembered on the model.
+    The head is the model itself with its body's answer given, so that whatever scales or caps the
+    logits is part of it. The split is tried on a few tokens and believed only if it agrees. The
+    answer is remembered on the model.
     """
     if "_split" not in model.__dict__:
-        model.__dict__["_split"] = _try_split(model) or Split(model, lambda logits: logits)
+        found = (_try_split(model, path) for path in _bodies(model))
+        whole = Split(model, lambda logits: logits)
+        model.__dict__["_split"] = next((split for split in found if split), whole)
     return model.__dict__["_split"]
 
 
-def _try_split(model: nn.Module) -> Split | None:
-    body = getattr(model, "model", None)
-    embedding = getattr(body, "embed_tokens", None)
-    head: Any = getattr(model, "lm_head", None)
-    head = head if callable(head) else getattr(embedding, "as_linear", None)
-    if body is None or head is None:
-        return None
+def _bodies(model: nn.Module) -> list[str]:
+    """Paths of modules that may be all but the head: where embeddings are, and the usual names."""
+    modules, kinds = dict(model.named_modules()), (nn.Embedding, nn.QuantizedEmbedding)
+    owners = {name.rpartition(".")[0] for name, m in modules.items() if isinstance(m, kinds)}
+    usual = [name for name in ("model", "language_model.model") if name in modules]
+    return [*sorted(owners - {""}, key=lambda n: (n.count("."), n)), *usual]
+
+
+def _try_split(model: nn.Module, path: str) -> Split | None:
+    body: Any = model
+    for name in path.split("."):
+        body = getattr(body, name)
     probe = mx.array([[1, 2, 3]])
+    head = _head_of(model, path)
     try:
         split, whole = head(body(probe, cache=new_cache(model))), model(probe)
+        same = split.shape == whole.shape and mx.allclose(split, whole, rtol=1e-3, atol=1e-4).item()
     except Exception:  # any signature we do not know: the whole model is always right
         return None
-    same = split.shape == whole.shape and mx.allclose(split, whole, rtol=1e-3, atol=1e-4).item()
     return Split(body, head) if same else None
+
+
+class _Given:
+    """Stands for a model's body, and answers with hidden states that are there already."""
+
+    def __init__(self, body: Any, hidden_1ND: mx.array) -> None:
+        self.body, self.hidden_1ND = body, hidden_1ND
+
+    def __call__(self, *_: Any, **__: Any) -> mx.array:
+        return self.hidden_1ND
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.body, name)
+
+
+def _head_of(model: nn.Module, path: str) -> Any:
+    """hidden [..., D] -> logits [..., V]: what the model does with what its body returned."""
+    first, _, rest = path.partition(".")
+
+    def given(module: Any, name: str, rest: str, hidden_1ND: mx.array) -> Any:
+        shell = copy.copy(module)  # the module's own parts under it are shared
+        inner = module[name]
+        next_name, _, others = rest.partition(".")
+        part = given(inner, next_name, others, hidden_1ND) if rest else _Given(inner, hidden_1ND)
+        dict.__setitem__(shell, name, part)
+        return shell
+
+    def head(hidden: mx.array) -> mx.array:
+        count = hidden.size // hidden.shape[-1]
+        shell = given(model, first, rest, hidden.reshape(1, count, -1))
+        logits = shell(mx.zeros((1, count), mx.int32))
+        return logits.reshape(*hidden.shape[:-1], -1)
+
+    return head
 
 
 def new_cache(model: nn.Module) -> list[Any]:

@@ -37,3 +37,25 @@ def entropy(logps: mx.array) -> mx.array:
     """
     still = mx.stop_gradient(logps)
     return -(exp(still) * still).sum(axis=-1)
+
+
+def token_scores(logits_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Log-probabilities [N] of the targets, entropies [N] in nats, and d logp / d logits [N, V].
+
+    One exponential serves all three. Without gradient.
+
+    >>> logps_N, entropy_N, slopes_NV = token_scores(mx.zeros((1, 2)), mx.array([1]))
+    >>> round(logps_N.item(), 4), round(entropy_N.item(), 4), slopes_NV.tolist()
+    (-0.6931, 0.6931, [[-0.5, 0.5]])
+    """
+    if cpu.fast():
+        from mlx_lora import cpu_layers
+
+        return cpu_layers.token_scores(logits_NV, targets_N)
+    still_NV, at_N1 = mx.stop_gradient(logits_NV), targets_N[:, None]
+    total_N = mx.logsumexp(still_NV, axis=-1)
+    p_NV = mx.softmax(still_NV, axis=-1)
+    logps_N = mx.take_along_axis(still_NV, at_N1, axis=-1)[:, 0] - total_N
+    mean_N = (p_NV[:, None, :] @ still_NV[:, :, None])[:, 0, 0]
+    slopes_NV = mx.put_along_axis(-p_NV, at_N1, 1 - mx.exp(logps_N)[:, None], axis=-1)
+    return logps_N, total_N - mean_N, slopes_NV

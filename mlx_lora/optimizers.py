@@ -1,5 +1,6 @@
 """What every loop of gradient steps shares: the optimizer, its learning rate, when to give up."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.optimizers as optim
@@ -56,15 +57,20 @@ def overwrite(tree: Any, values: Any) -> None:
 class Patience:
     """Counts updates in a row that were dropped because they were not finite."""
 
-    def __init__(self, e: Stage) -> None:
+    def __init__(self, e: Stage, history: Sequence[Metrics] = ()) -> None:
         self.rate, self.bad = e.learning_rate, 0
+        for metrics in history:  # of a resumed run
+            self.count(metrics)
+
+    def count(self, metrics: Metrics) -> None:
+        if "update_taken" in metrics:
+            self.bad = 0 if metrics["update_taken"] else self.bad + 1
 
     def saw(self, step: int, metrics: Metrics) -> None:
         """Take note of a step, if it made an update. Raises Diverged at the third bad one."""
-        if "update_taken" in metrics:
-            self.bad = 0 if metrics["update_taken"] else self.bad + 1
+        self.count(metrics)
         if self.bad == BAD_STEPS:
             raise Diverged(
-                f"{BAD_STEPS} updates in a row had a non-finite gradient, the last at step {step}; "
-                f"the learning rate was {self.rate:g}"
+                f"{BAD_STEPS} updates in a row had a non-finite loss or gradient, the last at step "
+                f"{step}; the learning rate was {self.rate:g}"
             )

@@ -15,12 +15,11 @@ from mlx_lora.experiment import task_name, validated
 from mlx_lora.models import Loaded
 from mlx_lora.optimizers import optimizer_of
 from mlx_lora.prepare import attach, load
-from mlx_lora.rl.grpo import loss_options, problems
+from mlx_lora.rl.grpo import problems
 from mlx_lora.rl.learner import gradients, trainable_count
 from mlx_lora.rl.logprobs import pack
-from mlx_lora.rl.losses import losses
-from mlx_lora.rl.rejection import ROWS
 from mlx_lora.rl.rollout import rollout
+from mlx_lora.rl.update import rule_of
 from mlx_lora.runlog import Clock
 from mlx_lora.stages import lasting
 from mlx_lora.types import Group, Sample, Task
@@ -61,16 +60,7 @@ def cost_of_grpo(loaded: Loaded, e: Stage, task: Task) -> dict[str, Any]:
     groups, sampled = sampling(loaded, task, samples, e, e.grpo.group_size, e.rollout.temperature)
     rows = [r for g in groups for r in g.rollouts]
     packed = pack(rows, np.ones(len(rows)))
-    _, learnt = timed(
-        lambda: gradients(
-            loaded.model,
-            packed,
-            losses.bind(e.grpo.loss, loss_options(e)),
-            temperature=e.rollout.temperature or 1.0,
-            beta=e.grpo.beta,
-            measure_kl=False,
-        )
-    )
+    _, learnt = timed(lambda: gradients(loaded.model, packed, rule_of(e)))
     tokens = sum(len(r.ids) for r in rows)
     return {
         "steps": e.iters,
@@ -89,7 +79,8 @@ def cost_of_sft(loaded: Loaded, e: Stage, task: Task | None) -> dict[str, Any]:
     if e.rejection_sampling:
         assert task is not None, "the config requires a task for rejection sampling"
         asked = e.rejection_sampling
-        block = task.load("train", min(asked.problems, max(1, ROWS // asked.samples)), e.seed)
+        together = max(1, e.rollout.width // asked.samples)
+        block = task.load("train", min(asked.problems, together), e.seed)
         _, sampled = sampling(loaded, task, block, e, asked.samples, asked.temperature)
         sampled *= asked.problems / len(block)
         rows, source = [(0, {"prompt": s.prompt, "completion": s.gold}) for s in block], "the task"

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from mlx_lora import models
+from mlx_lora import distributed, models
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
 from mlx_lora.adapter.inits import REBASING, label
@@ -17,6 +17,7 @@ from mlx_lora.blocks import Check
 from mlx_lora.check import certificate, gate
 from mlx_lora.check.gate import fingerprint
 from mlx_lora.check.probes import Probes, read
+from mlx_lora.errors import RunError
 from mlx_lora.models import Loaded
 from mlx_lora.runlog import Clock, RunLog
 from mlx_lora.schema import Experiment, Stage
@@ -55,6 +56,7 @@ def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console)
     e = experiment.first
     with clock.measure("load model"):
         loaded = load(e)
+        refuse_other_bases(loaded)
     with clock.measure("check"):
         began = time.perf_counter()
         asked = e.check
@@ -76,9 +78,10 @@ def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console)
         )
     judged(report, log, console, stop=asked.on_fail == "stop")
     rebased = e.init.name in REBASING and not e.resume_adapter_file
-    if (loaded.quantized_here or rebased) and not (log.folder / "base").exists():
+    base = log.folder / "base"
+    if (loaded.quantized_here or rebased) and distributed.leads() and not base.exists():
         with clock.measure("save base"):
-            models.save_base(loaded, log.folder / "base")
+            models.save_base(loaded, base)
     if rebased:
         attaching.forget_base(loaded.model)
         with attaching.switched_off(loaded.model):
@@ -88,6 +91,20 @@ def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console)
     if expect == "same":
         certificate.write(loaded, report, initial)
     return Prepared(loaded, config, probes, prints, report, e.seed, asked)
+
+
+def refuse_other_bases(loaded: Loaded) -> None:
+    """RunError unless all machines have loaded the same weights at the same quantization."""
+    if distributed.size() == 1:
+        return
+    first, *others = distributed.everybody(models.identity(loaded))
+    for number, other in enumerate(others, start=1):
+        alike = models.same_base(first["sketch"], other["sketch"])
+        if not alike or first["quantization"] != other["quantization"]:
+            raise RunError(
+                f"rank {number} has loaded another model than rank 0",
+                "All machines need the same model files and the same experiment file.",
+            )
 
 
 def attach(
@@ -135,7 +152,7 @@ def judged(report: gate.Report, log: RunLog, console: Console, *, stop: bool = T
     """Write and say what the check found. Raises CheckFailed unless the experiment goes on."""
     log.write_json(CHECK, report.to_json())
     console.print(verdict_line(report))
-    if report.verdict == "fail" and stop:
+    if "fail" in distributed.everybody(report.verdict) and stop:
         raise CheckFailed(report)
 
 

@@ -9,14 +9,16 @@ from typing import Any
 from rich.markup import escape
 
 from mlx_lora.optimizers import Metrics
+from mlx_lora.problems import readable
 from mlx_lora.progress import Watcher
 from mlx_lora.rl import monitor
+from mlx_lora.rl.describe import extremes
 from mlx_lora.runlog import METRICS, Clock, RunLog
 from mlx_lora.schema import Stage
 from mlx_lora.types import Group
 
-SAMPLES, ALERTS = "samples.jsonl", "alerts.jsonl"
-SAMPLES_KEPT = 4  # completions written to samples.jsonl every `monitor.every` steps
+SAMPLES, ALERTS, GRADIENTS = "samples.jsonl", "alerts.jsonl", "gradients.jsonl"
+GROUPS_SHOWN = 4  # of which samples.jsonl holds completions, every `monitor.every` steps
 
 
 class Recorder:
@@ -55,6 +57,10 @@ class Recorder:
         if self.watcher:
             self.watcher.update(step, metrics)
 
+    def gradients(self, step: int, norms: Mapping[str, float]) -> None:
+        """A line in gradients.jsonl: the norm of each module's gradient."""
+        self.log.append(GRADIENTS, {"step": step, "norms": norms})
+
     def alert(self, step: int, finding: Mapping[str, Any]) -> None:
         """A line in alerts.jsonl and on the terminal."""
         self.saw(finding)
@@ -65,14 +71,19 @@ class Recorder:
 
 
 def shown(step: int, groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """One completion each of the first groups, with what it earned."""
+    """Of the first groups the best, the worst and one more completion, with what they earned."""
     return [
         {
             "step": step,
-            "prompt": g.sample.prompt,
-            "completion": g.rollouts[0].text,
-            "reward": g.rewards[0].value,
-            "reason": g.rewards[0].reason,
+            "prompt": readable(group.sample.prompt),
+            "pick": pick,
+            "completion": group.rollouts[row].text,
+            "reward": group.rewards[row].value,
+            "reason": group.rewards[row].reason,
+            "parts": dict(group.rewards[row].parts),
+            "tokens": len(group.rollouts[row].ids),
+            "truncated": not group.rollouts[row].finished,
         }
-        for g in groups[:SAMPLES_KEPT]
+        for number, group in enumerate(groups[:GROUPS_SHOWN])
+        for pick, row in extremes(group, step * GROUPS_SHOWN + number).items()
     ]

@@ -1,7 +1,7 @@
 """A table of functions by name. A function's keyword-only arguments are its options."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -61,9 +61,16 @@ def options(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_options(
-    owner: str, function: Callable[..., Any], given: Mapping[str, Any]
+    owner: str,
+    function: Callable[..., Any],
+    given: Mapping[str, Any],
+    *,
+    also: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Options converted to their annotated types; every problem in one ConfigError."""
+    """Options converted to their annotated types; every problem in one ConfigError.
+
+    `also`: options that the owner takes elsewhere, for a "did you mean".
+    """
     known = options(function)
     if not given and inspect.Parameter.empty not in known.values():
         return {}
@@ -74,7 +81,7 @@ def check_options(
     problems: list[str] = []
     for name, value in given.items():
         if name not in known:
-            problems.append(f"{owner} has no option {name}. {near(name, known)}")
+            problems.append(f"{owner} has no option {name}. {near(name, {*known, *also})}")
             continue
         try:
             checked[name] = TypeAdapter(hints[name]).validate_python(value)

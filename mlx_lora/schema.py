@@ -27,6 +27,7 @@ from mlx_lora.blocks import (
     Sft,
     Whole,
 )
+from mlx_lora.tasks import spelled_out
 from mlx_lora.yamlfile import KeyPath, Mark
 
 OrAll = Annotated[int, Field(ge=-1)]  # -1: all
@@ -142,6 +143,11 @@ class Stage(Block):
     @classmethod
     def one_or_many(cls, raw: Any) -> Any:
         return [raw] if isinstance(raw, dict) else raw
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def python_is_a_task(cls, raw: Any) -> Any:
+        return spelled_out(raw)
 
     @field_validator("optimizer", mode="before")
     @classmethod

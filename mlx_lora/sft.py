@@ -1,7 +1,6 @@
 """Supervised fine-tuning: cross-entropy on texts. Also the warm start of RL. No trainer class.
 
-Left out, for now: chat rows, hub datasets, gradient accumulation and checkpointing, batches of one
-length.
+Left out, for now: chat rows, hub datasets, gradient accumulation, batches of one length.
 """
 
 import contextlib
@@ -16,7 +15,8 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_lora.adapter.attach import lora_layers
+from mlx_lora import cpu
+from mlx_lora.adapter.attach import blocks, lora_layers
 from mlx_lora.adapter.schedules import (
     scale_as_array,
     scale_at,
@@ -28,6 +28,7 @@ from mlx_lora.data import Text, draw
 from mlx_lora.models import Loaded, split_head
 from mlx_lora.numerics import log_softmax
 from mlx_lora.optimizers import Metrics, Patience, copied, learning_rate, overwrite
+from mlx_lora.recompute import recomputing
 from mlx_lora.rl.learner import step as optimizer_step
 from mlx_lora.rl.losses import masked_mean
 from mlx_lora.runlog import Clock
@@ -49,16 +50,16 @@ def train(
     *,
     valid: Sequence[Text] = (),
     start: int = 0,
-    before: Metrics | None = None,
+    history: Sequence[Metrics] = (),
 ) -> Iterator[int]:
     """Run the steps from `start` to `iters`, one at each `next`, yielding the step just done.
 
     `report` gets its metrics. Everything random is a function of (seed, step); the scale schedule
-    looks at the metrics of the step before, for the first one at `before`.
+    looks at the metrics of the step before. `history` holds those before `start`.
     """
     model, e = loaded.model, experiment
     schedule = e.scale_schedule and schedules.bind(e.scale_schedule.name, e.scale_schedule.options)
-    patience = Patience(e)
+    patience, before = Patience(e, history), history[-1] if history else None
     with scale_as_array(model):
         update = compiled_update(model, optimizer, e)
         for step in range(start, e.iters):
@@ -100,7 +101,8 @@ def compiled_update(
 
     @partial(mx.compile, inputs=state, outputs=state)
     def update(*batch: mx.array) -> tuple[mx.array, mx.array]:
-        loss, grads = nn.value_and_grad(model, mean_loss)(model, *batch)
+        with recomputing(blocks(model), on=e.grad_checkpoint, at_once=cpu.active()):
+            loss, grads = nn.value_and_grad(model, mean_loss)(model, *batch)
         return loss, step_if_finite(model, optimizer, grads, limit, ratio)
 
     return update

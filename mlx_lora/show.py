@@ -6,6 +6,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -14,6 +15,8 @@ def out() -> Console:
 
 
 def interval(result: Mapping[str, Any], key: str) -> str:
+    if result[key] is None:
+        return "nothing is called correct"
     return f"{result[key]:.1%} ({result[f'{key}_low']:.1%} to {result[f'{key}_high']:.1%})"
 
 
@@ -68,19 +71,24 @@ def accuracies(summary: Mapping[str, Any]) -> Table:
     rows = [("before", summary, "accuracy_before")]
     rows += [(f"after {s['name']}", s, "accuracy") for s in summary.get("stages", ())[:-1]]
     for name, result, key in (*rows, ("after", summary, "accuracy_after")):
-        table.add_row(name, interval(result, key), f"{result[f'{key}_sampled']:.1%}")
+        sampled = result[f"{key}_sampled"]
+        table.add_row(name, interval(result, key), "" if sampled is None else f"{sampled:.1%}")
     return table
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:
-    console = out()
-    console.print(
-        f"{result['task']}: {interval(result, 'accuracy')} of {result['n']} held-out problems,"
-    )
-    console.print(f"greedy; sampled at temperature 1: {result['accuracy_sampled']:.1%}")
+    console, about = out(), f"of {result['n']} held-out problems"
+    if result["accuracy"] is None:
+        console.print(f"{result['task']}: mean reward {result['reward_mean']:.4g} {about}, greedy")
+    else:
+        console.print(f"{result['task']}: {interval(result, 'accuracy')} {about},")
+        passed = {k: v for k, v in result["pass_at"].items() if k != "1"}
+        more = "".join(f", pass@{k} {v:.1%}" for k, v in passed.items())
+        sampled = f"{result['accuracy_sampled']:.1%}{more}"
+        console.print(f"greedy; sampled at temperature 1: {sampled}")
     table = Table(box=box.SIMPLE, show_header=False)
     for reason, count in result["reasons"].items():
-        table.add_row(reason, str(count))
+        table.add_row(escape(reason), str(count))
     console.print(table)
 
 

@@ -3,16 +3,20 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import mlx.optimizers as optim
 from rich.console import Console
 from rich.markup import escape
 
-from mlx_lora import curves, data, models, sft
+from mlx_lora import curves, data, distributed, models, sft
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import remember_start
+from mlx_lora.adapter.schedules import scale_of, set_scale
+from mlx_lora.contest import BEST, Contest
 from mlx_lora.data import Text
 from mlx_lora.guard import Guard, Unhealthy
 from mlx_lora.optimizers import optimizer_of
@@ -21,6 +25,7 @@ from mlx_lora.progress import watch
 from mlx_lora.recorder import Recorder
 from mlx_lora.rl import checkpoints, grpo
 from mlx_lora.rl.checkpoints import Snapshot
+from mlx_lora.rl.evaluate import evaluate
 from mlx_lora.rl.rejection import harvest
 from mlx_lora.runlog import STATUS, Clock, RunLog, State
 from mlx_lora.schema import Experiment, Stage
@@ -113,7 +118,8 @@ def health(prepared: Prepared, log: RunLog, clock: Clock, console: Console) -> s
 
 def copies(e: Stage, log: RunLog) -> list[Path]:
     """Where the adapter of the whole run goes."""
-    return [log.folder / ADAPTERS, *([Path(e.adapter_path)] if e.adapter_path else [])]
+    beside = [Path(e.adapter_path)] if e.adapter_path and distributed.leads() else []
+    return [log.folder / ADAPTERS, *beside]
 
 
 def ended(log: RunLog, error: BaseException) -> tuple[State, str]:
@@ -147,29 +153,61 @@ def train(
         e = recorder.e = lasting(e, len(texts))
         loop, inputs, options = sft.train, texts, {"valid": valid}
     else:
-        loop, inputs, options = grpo.train, task, {}
-    start = 0
+        loop, inputs, options = grpo.train, task, {"report_norms": recorder.gradients}
+    start, memory = 0, {}
     if saved := checkpoints.every(log.folder / CHECKPOINTS):
         start = checkpoints.load(saved[-1], model, optimizer)
+        memory = checkpoints.recall(saved[-1])
         recorder.remember()
-    before = recorder.history[-1] if recorder.history else None
+    start = together(start, model, optimizer, recorder)
+    contest = Contest(
+        e,
+        exam(e, prepared, task),
+        lambda: files.save(model, prepared.config, log.folder / ADAPTERS / BEST),
+        log,
+        clock,
+    )
     try:
         title = escape(f"{e.method} on {e.model}")
         with watch(console, title, e.iters, e.steps_per_report) as watcher:
             recorder.watcher = watcher
-            steps = loop(
-                loaded, inputs, e, optimizer, clock, recorder, start=start, before=before, **options
-            )
+            options |= {"start": start, "history": recorder.history}
+            steps = loop(loaded, inputs, e, optimizer, clock, recorder, **options)
             guard = Guard(e, prepared, recorder)
-            follow(steps, start, e, prepared, optimizer, guard, log, clock)
+            guard.recall(memory)
+            done = follow(steps, start, e, prepared, optimizer, guard, contest, log)
     finally:
         for folder in folders:
             files.save(model, prepared.config, folder)
+    distributed.refuse_difference("the trained adapter", model.trainable_parameters())
     with clock.measure("plot"):
         curves.draw(recorder.history, log.folder / curves.FILE)
     measured = [h["valid_loss"] for h in recorder.history if "valid_loss" in h]
     found |= {"valid_loss": measured[-1]} if measured else {}
-    return {"steps": e.iters, "alerts": sorted(recorder.seen), **found}
+    if done < e.iters:
+        console.print(f"Stopped after {done} steps: no better one in {e.eval.patience} evaluations")
+    return {"steps": done, "alerts": sorted(recorder.seen), **found, **contest.summary()}
+
+
+def together(start: int, model: nn.Module, optimizer: optim.Optimizer, recorder: Recorder) -> int:
+    """Several machines at one point: what rank 0 resumed goes to all. Returns the steps done."""
+    start = distributed.agreed(start)
+    if start and distributed.size() > 1:
+        optimizer.init(model.trainable_parameters())
+        model.update(distributed.from_first(model.trainable_parameters()))
+        optimizer.state = distributed.from_first(optimizer.state)
+        set_scale(model, distributed.agreed(scale_of(model)))
+        recorder.history[:] = distributed.agreed(recorder.history)
+    distributed.refuse_difference("the adapter", model.trainable_parameters())
+    return start
+
+
+def exam(e: Stage, prepared: Prepared, task: Task | None) -> Callable[[], dict[str, Any]] | None:
+    """What measures the model while it trains; None where it is not asked for."""
+    if task is None or not e.eval.every:
+        return None
+    options = {"n": e.eval.n, "max_tokens": e.rollout.max_tokens, "stop": e.rollout.stop}
+    return partial(evaluate, prepared.loaded, task, **options)
 
 
 def follow(
@@ -179,26 +217,31 @@ def follow(
     prepared: Prepared,
     optimizer: optim.Optimizer,
     guard: Guard,
+    contest: Contest,
     log: RunLog,
-    clock: Clock,
-) -> None:
-    """Run the steps under guard.
+) -> int:
+    """Run the steps under guard, until patience is over. Returns how many are done.
 
-    What stops them leaves the last whole step behind, Ctrl-C a checkpoint too.
+    What stops them leaves the last whole step behind, Ctrl-C a checkpoint too. A checkpoint comes
+    last in its step, so that whatever a resumed run finds on disk was there before.
     """
-    model, folder = prepared.loaded.model, log.folder / CHECKPOINTS
+    model, folder, recorder = prepared.loaded.model, log.folder / CHECKPOINTS, guard.recorder
 
     def keep() -> None:
-        checkpoints.save(folder, last.steps_done, model, optimizer, prepared.config)
+        about = guard.memory()
+        checkpoints.save(folder, last.steps_done, model, optimizer, prepared.config, about)
 
     last = Snapshot.take(start, model, optimizer)
     guard.start(last)
     try:
         for step in steps:
             last = guard.after(step + 1, model, optimizer)
+            over = contest.after(last.steps_done, recorder.history[-1])
             if last.steps_done % e.save_every == 0:
-                with clock.measure("checkpoint", kind="step"):
+                with recorder.clock.measure("checkpoint", kind="step"):
                     keep()
+            if over:
+                break
     except Unhealthy:
         raise  # the guard has put the last healthy step back
     except BaseException as error:
@@ -207,6 +250,7 @@ def follow(
         if isinstance(error, KeyboardInterrupt) and behind:
             keep()
         raise
+    return last.steps_done
 
 
 def lessons(

@@ -4,14 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+Message = tuple[str, str]  # role, content
+Prompt = str | tuple[Message, ...]  # one user turn, or a conversation that ends with one
+CORRECT = "correct"  # the reason of a completion that solved its problem
+SCORED = "scored"  # the reason where nothing is right or wrong, only worth more or less
+
 
 @dataclass(frozen=True)
 class Sample:
     """One problem of a task."""
 
-    prompt: str
+    prompt: Prompt
     columns: Mapping[str, Any]  # what the reward needs: numbers, target, answer ...
     gold: str  # a completion that earns the full reward
+    place: str = field(default="", compare=False)  # "rows.jsonl:12", for messages
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,8 @@ class Reward:
 
     value: float
     reason: str  # a short code, counted in the logs: "correct", "no_answer" ...
+    parts: Mapping[str, float] = field(default_factory=dict)  # of several rewards, each unweighted
+    answer: str | None = field(default=None, compare=False)  # what was read out of the completion
 
 
 @dataclass(frozen=True)
@@ -30,9 +38,13 @@ class Task:
     reward: Callable[[Sample, str], Reward]
     first: Sample  # load("train", 1, 0)[0], spelled out so that a reader sees one
     wrong: str  # a completion that earns nothing
-    low: float = 0.0  # the reward's range
+    low: float = 0.0  # the reward's range; -inf and inf where a user's own is not known
     high: float = 1.0
     stop: str | None = None  # a rollout may end after this text
+    name: str = ""
+    group: Callable[[Sample, Sequence[str]], Sequence[Reward]] | None = None  # reward, many at once
+    threads: int = 4  # calls of the reward at a time, at most
+    notice: str = ""  # a sentence to say before a run
 
 
 @dataclass(frozen=True)
@@ -56,15 +68,36 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """How much one optimizer step learns from, on all machines: what its means divide by."""
+
+    rows: int
+    tokens: int  # completion tokens that count
+    max_tokens: int  # of a completion, at most
+
+
+@dataclass(frozen=True)
 class Batch:
-    """What a loss sees. Shapes: B rows, T tokens (completion tokens only, right-padded)."""
+    """What a loss sees. Shapes: B rows, T tokens (completion tokens only, right-padded).
+
+    It may be a part of an update: `whole` says of which, so that the parts add up.
+    """
 
     logps_BT: Any  # log-probabilities under the policy that is being trained
-    old_logps_BT: Any  # under the policy before this update, by the same forward as logps_BT
-    sampler_logps_BT: Any  # under the distribution that drew the tokens, from the cached decode
-    ref_logps_BT: Any  # under the reference policy; None when no KL is wanted
+    old_logps_BT: Any  # under the policy the rollouts are of, by the same forward as logps_BT
+    weights_BT: Any  # old policy over sampler, truncated: corrects for the cached decode
     advantages_B: Any
     mask_BT: Any  # 1.0 on tokens that count, EOS included
+    whole: Whole
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a loss says of a Batch; the loss is -(value_BT · share_BT).sum()."""
+
+    value_BT: Any  # what a token is worth: to be raised
+    share_BT: Any  # of the token in the whole update; 0 on padding
+    metrics: Mapping[str, Any]  # shares of the whole: those of its parts add up
 
 
 @dataclass(frozen=True)

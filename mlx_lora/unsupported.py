@@ -11,14 +11,14 @@ from mlx_lora.schema import Experiment, Stage
 
 METHODS = ("sft", "grpo")
 EVERYWHERE = (
-    "grad_accumulation_steps", "grad_checkpoint", "report_to", "clear_cache_threshold", "train",
-    "test", "eval.every", "lora_parameters.type", "lora_parameters.rank_pattern",
+    "report_to", "clear_cache_threshold", "train",
+    "test", "lora_parameters.type", "lora_parameters.rank_pattern",
 )  # fmt: skip
 UNUSED = {  # keys that a method does not act on
-    "grpo": (*EVERYWHERE, "epochs", "grpo.epochs"),
+    "grpo": (*EVERYWHERE, "epochs"),
     "sft": (
-        *EVERYWHERE, "hf_dataset", "prompt_feature", "completion_feature", "chat_feature",
-        "text_feature", "test_batches",
+        *EVERYWHERE, "grad_accumulation_steps", "hf_dataset", "prompt_feature",
+        "completion_feature", "chat_feature", "text_feature", "test_batches",
     ),
 }  # fmt: skip
 SHARED = (  # what stages have in common, because the model and its adapter are one
@@ -47,6 +47,10 @@ def ignored(e: Stage) -> Iterator[str]:
     if e.fine_tune_type == "full":
         yield "fine_tune_type full is not available: use lora or dora"
     plain, default = resolved(e), resolved(Stage(method=e.method))
+    if e.eval.every and not e.task:
+        yield "eval.every measures accuracy on a task: name one (SFT validates by steps_per_eval)"
+    if e.eval.patience and e.is_rl and not e.eval.every:
+        yield "eval.patience counts evaluations: give eval.every"
     keys = [k for k in UNUSED[e.method] if value(plain, k) != value(default, k)]
     if keys:
         yield f"method {e.method} does not act on {', '.join(keys)} yet"

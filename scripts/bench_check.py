@@ -38,7 +38,7 @@ for side in range(2):
         attach(loaded)
     for block in blocks_of(probes, 1024):
         mx.eval(models.logits(loaded.model, block.ids_NT))
-    generate(loaded, probes.prompts, max_tokens=ROOM)
+    generate(loaded, probes.prompts, purpose="bench", max_tokens=ROOM)
 done = time.perf_counter()
 print(imported - begin, ready - imported, done - ready)
 """

@@ -30,7 +30,7 @@ def measure() -> dict[str, Any]:
 
     from mlx_lora.adapter.attach import attach
     from mlx_lora.generate import generate
-    from mlx_lora.rl.learner import gradients
+    from mlx_lora.rl.learner import Rule, gradients
     from mlx_lora.rl.logprobs import pack
     from mlx_lora.rl.losses import losses
     from mlx_lora.tasks import load_task
@@ -38,17 +38,16 @@ def measure() -> dict[str, Any]:
     loaded = models.load("demo")
     attach(loaded.model)
     prompts = [s.prompt for s in load_task("countdown").load("test", PROMPTS, 0)]
-    loss = losses.bind("dapo", {})
+    rule = Rule(losses.bind("dapo", {}))
 
     def roll():
-        return generate(loaded, prompts, group=GROUP, max_tokens=MAX_TOKENS)
+        return generate(loaded, prompts, purpose="bench", group=GROUP, max_tokens=MAX_TOKENS)
 
     rows = [r for group in roll() for r in group]
     packed = pack(rows, np.linspace(-1, 1, len(rows)))
 
     def learn():
-        options = {"temperature": 1.0, "beta": 0.0, "measure_kl": False}
-        mx.eval(gradients(loaded.model, packed, loss, **options))
+        mx.eval(gradients(loaded.model, packed, rule))
 
     return {"mode": cpu.mode(), "rollout": median(roll), "learn": median(learn)}
 

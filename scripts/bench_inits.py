@@ -28,6 +28,7 @@ from mlx_lora.rl import grpo
 from mlx_lora.rl.evaluate import judge, wilson
 from mlx_lora.runlog import Clock, commit, json_safe
 from mlx_lora.tasks import load_task
+from mlx_lora.types import CORRECT
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, OUT = ROOT / "figures/inits_runs.jsonl", ROOT / "figures/inits.json"
@@ -179,8 +180,8 @@ def one(name: str, rate: float, seed: int, keep: Path | None = None) -> dict[str
 
 def accuracy(loaded: models.Loaded, task: Any, e: config.Experiment) -> float:
     samples = task.load("test", HELD_OUT, 0)
-    rewards = judge(loaded, task, samples, e.rollout.max_tokens, 0.0, 0)
-    return float(np.mean([r.value >= task.high for r in rewards]))
+    groups = judge(loaded, task, samples, e.rollout.max_tokens, 0.0, 0)
+    return float(np.mean([g.rewards[0].reason == CORRECT for g in groups]))
 
 
 def steps_to(sampled: list[float], goal: float) -> int | None:

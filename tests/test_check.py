@@ -12,7 +12,7 @@ from mlx_lora.adapter.attach import attach, lora_layers
 from mlx_lora.check import gate, probes
 from mlx_lora.check.gates import gates
 from mlx_lora.check.metrics import Measured
-from mlx_lora.errors import ConfigError
+from mlx_lora.errors import ConfigError, ModelError
 
 KEYS = {
     "verdict", "reasons", "bitwise_identical", "kl_mean", "kl_p99", "top1_agreement",
@@ -201,6 +201,8 @@ def test_an_expectation_that_is_none_is_an_error():
         ('{"txet": "a"}\n', ":1: needs"),
         ('{"text": "a b c"}\n', "need both"),
         ("", "need both"),
+        ('{"text": "a b"}\n{"prompt": " "}\n{"text": ""}\n', ":2: `prompt` is empty\n.*:3: `text`"),
+        ('{"messages": "hello"}\n', ":1: `messages` is a list"),
     ],
 )
 def test_bad_prompt_files_name_the_line(tmp_path, text, message):
@@ -217,6 +219,34 @@ def test_prompt_files_of_both_kinds_and_the_general_set_are_read(tmp_path):
     assert len(found.texts) == len(found.prompts) == 2
     general = probes.read(demo(), probes.ASSETS / "check_general.jsonl")
     assert len(general.texts) >= 8 and len(general.prompts) >= 4
+
+
+TURNS = (
+    '{"messages": [{"role": "user", "content": "What is 2 * 4 ?"},'
+    ' {"role": "assistant", "content": "8"}]}\n'
+    '{"messages": [{"role": "user", "content": "How many legs has a duck?"}]}\n'
+)
+
+
+def test_messages_are_read_from_the_last_answer_on_or_continued(tmp_path):
+    path, loaded = tmp_path / "probes.jsonl", demo()
+    path.write_text(TURNS)
+    found = probes.read(loaded, path)
+    path.write_text('{"prompt": "What is 2 * 4 ?", "completion": "8"}\n' + TURNS.split("\n")[1])
+    plain = probes.read(loaded, path)
+    assert found.texts == plain.texts and found.prompts == [
+        (("user", "How many legs has a duck?"),)
+    ]
+
+
+def test_messages_need_a_chat_template_and_plain_prompts_do_not(tmp_path):
+    path, loaded = tmp_path / "probes.jsonl", demo()
+    path.write_text(TURNS)
+    loaded.tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="no chat template"):
+        probes.read(loaded, path)
+    report = gate.check(loaded, samples=1)
+    assert report.verdict == "pass" and not report.measured.chat_template
 
 
 def test_a_base_is_known_again_at_any_quantization_and_no_other_is():

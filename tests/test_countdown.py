@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_lora.errors import ConfigError, TaskError, UnknownNameError
-from mlx_lora.tasks import load_task, names, score
+from mlx_lora.tasks import load_task, score
 from mlx_lora.tasks.countdown import OPERATIONS, evaluate, expression, reward
 from mlx_lora.types import Reward, Sample, Task
 
@@ -29,12 +29,11 @@ def answer(text: str) -> str:
     return f"<answer>{text}</answer>"
 
 
-# The contract of every task
+# The contract of every task, those from files in test_tasks.py
 
 
-@pytest.mark.parametrize("name", names())
-def test_first_sample_is_the_literal_one(name):
-    task = load_task(name)
+def test_first_sample_is_the_literal_one():
+    task = load_task("countdown")
     assert task.load("train", 1, 0)[0] == task.first
 
 

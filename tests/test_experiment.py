@@ -1,6 +1,9 @@
 """A whole experiment: resumed equals uninterrupted, and what a file says is what happens."""
 
 import json
+import subprocess
+import sys
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -72,12 +75,33 @@ def test_a_killed_run_resumed_equals_an_uninterrupted_one_bitwise(tmp_path, monk
     assert any(not mx.array_equal(start[k], pairs[0][k]) for k in start), "nothing was learnt"
 
 
-def test_resume_refuses_another_experiment_and_a_folder_without_checkpoints(tmp_path):
-    run(tmp_path / "run", YAML.replace("save_every: 2", "save_every: 50"))
+def test_resume_refuses_another_experiment_and_a_finished_run(tmp_path):
+    run(tmp_path / "run")
+    with pytest.raises(RunError, match="finished"):
+        run(tmp_path / "run", resume=True)
+    status = tmp_path / "run" / "status.json"
+    status.write_text(status.read_text().replace("finished", "running"))
     with pytest.raises(ConfigError, match="learning_rate"):
         run(tmp_path / "run", YAML.replace("1e-4", "1e-3"), resume=True)
-    with pytest.raises(RunError, match="no checkpoint"):
-        run(tmp_path / "run", YAML.replace("save_every: 2", "save_every: 50"), resume=True)
+
+
+def test_a_run_that_was_killed_is_resumed_to_the_same_bits(tmp_path):
+    """SIGKILL before the first step and within the run; the first one leaves no checkpoint."""
+    path = tmp_path / "small.yaml"
+    path.write_text(YAML)
+    run(tmp_path / "whole", YAML)
+    command = [sys.executable, "-m", "mlx_lora", "train", path, "--run-dir", tmp_path / "cut"]
+    for seen, more in (("eval_before.json", []), ("checkpoints/0000002/state.json", ["--resume"])):
+        process = subprocess.Popen([*command, *more], stderr=subprocess.DEVNULL)
+        while not (tmp_path / "cut" / seen).exists():
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    run(tmp_path / "cut", YAML, resume=True)
+    assert read(tmp_path / "cut") == read(tmp_path / "whole")
+    pairs = [files.read(tmp_path / name / "adapters")[1] for name in ("whole", "cut")]
+    assert all(mx.array_equal(pairs[0][k], pairs[1][k]) for k in pairs[0])
 
 
 def test_a_scheduled_scale_is_in_force_and_saved(tmp_path):
@@ -117,8 +141,8 @@ def test_an_adapter_that_garbles_the_model_is_not_trained_on(tmp_path):
 
 
 def test_keys_that_nothing_acts_on_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"grad_checkpoint, .*grpo.epochs"):
-        run(tmp_path / "run", YAML.replace("4}", "4, epochs: 2}") + "grad_checkpoint: true\n")
+    with pytest.raises(ConfigError, match=r"report_to, clear_cache_threshold"):
+        run(tmp_path / "run", YAML + "clear_cache_threshold: 1\nreport_to: wandb\n")
     assert not (tmp_path / "run").exists()
 
 

@@ -30,13 +30,16 @@ iters: 2
 batch_size: 2
 grpo: {group_size: 2}
 rollout: {max_tokens: 8}
-eval: {n: 8}
+eval: {n: 8, every: 1}
 monitor: {every: 1}
 """
 WHOLE = {"reasons", "reasons_before", "reasons_after"}  # what is below them has no row
 WHOLE |= {"check", "environment", "init_measured", "rejection_sampling"}
+WHOLE |= {"parts", "pass_at"}
 WHOLE |= {f"structural.{scaled}per_layer_dominance" for scaled in ("", "scaled_")}
-NAMED = {"adapters": "MODULE", "versions": "PACKAGE"}  # keys below them are names of things
+# keys below these are names of things
+FAMILIES = {"reason": "CODE", "reward": "PART"}  # reason/correct is in the row of reason/CODE
+NAMED = {"adapters": "MODULE", "norms": "MODULE", "versions": "PACKAGE"}
 Rows = dict[str, str]
 
 
@@ -68,7 +71,8 @@ def paths(value: object, path: str = "") -> Iterator[str]:
     if isinstance(value, dict) and value and path not in WHOLE:
         for key, inside in value.items():
             if not explains_a_null(key, value):
-                step = NAMED.get(path, key)
+                family = key.partition("/")[0]
+                step = f"{family}/{FAMILIES[family]}" if "/" in key else NAMED.get(path, key)
                 yield from paths(inside, f"{path}.{step}" if path else step)
     elif isinstance(value, list):
         for inside in value or [None]:
@@ -97,7 +101,7 @@ def run(tmp_path_factory) -> Path:
 
         def alternating(*args):
             def reward(sample, text):
-                return Reward(float(next(turn) % 2), "correct")
+                return Reward(float(next(turn) % 2), "correct", {"task": 1.0})
 
             return replace(real(*args), reward=reward)
 
@@ -116,7 +120,9 @@ monitor: {every: 1}
 stages:
 - {method: sft, iters: 1, data: ROWS}
 - {method: sft, iters: 1, rejection_sampling: {problems: 8, samples: 4}}
-- {method: grpo, iters: 1, grpo: {group_size: 2}}
+- method: grpo
+  iters: 1
+  grpo: {group_size: 2, epochs: 2, dynamic_sampling: 1, overlong_buffer: 4}
 """
 
 
@@ -143,15 +149,17 @@ def read(path: Path) -> list[dict]:
 
 
 FILES = (
-    "metrics.jsonl", "samples.jsonl", "check.json", "summary.json", "time_breakdown.json",
-    "status.json", "environment.json",
+    "metrics.jsonl", "samples.jsonl", "gradients.jsonl", "evals.jsonl", "check.json",
+    "summary.json", "time_breakdown.json", "status.json", "environment.json",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_holds_the_documented_keys(run, staged, name):
-    more = {"metrics.jsonl": "stages/1_sft/metrics.jsonl", "summary.json": "summary.json"}
-    files = [run / name, *([staged / more[name]] if name in more else [])]
+    stages = [f"stages/{stage}/metrics.jsonl" for stage in ("1_sft", "3_grpo")]
+    more = {"metrics.jsonl": stages, "summary.json": ["summary.json"]}
+    more["evals.jsonl"] = ["stages/1_sft/evals.jsonl"]
+    files = [run / name, *(staged / other for other in more.get(name, []))]
     found = set().union(*(emitted(document) for file in files for document in read(file)))
     if name == "summary.json":
         found = {key for key in found if not key.startswith("stages[].")} | {"stages"}

@@ -8,13 +8,15 @@ from mlx_lora.rl import rejection
 from mlx_lora.rl.rejection import harvest, sifted
 from mlx_lora.schema import Stage
 from mlx_lora.tasks import load_task
-from mlx_lora.types import Group, Reward, Rollout, Sample
+from mlx_lora.types import CORRECT, Group, Reward, Rollout, Sample
 
 
 def group(prompt: str, *pairs: tuple[str, float]) -> Group:
     sample = Sample(prompt, {}, "")
     rollouts = [Rollout((1,), (2,), (-1.0,), text, True) for text, _ in pairs]
-    return Group(sample, rollouts, [Reward(value, "") for _, value in pairs])
+    return Group(
+        sample, rollouts, [Reward(value, CORRECT if value == 1 else "wrong") for _, value in pairs]
+    )
 
 
 GROUPS = [
@@ -25,19 +27,19 @@ GROUPS = [
 
 
 def test_full_rewards_are_kept_once_each_and_at_most_so_many_a_problem():
-    found = sifted(GROUPS, 1.0, keep=2)
+    found = sifted(GROUPS, keep=2)
     assert [(r["prompt"], r["completion"], r["reward"]) for r in found.rows] == [
         ("p", "a", 1.0), ("p", "c", 1.0), ("r", "a", 1.0),
     ]  # fmt: skip
     assert found.counts() == {
         "problems": 3, "sampled": 15, "correct": 5, "distinct": 4, "kept": 3,
     }  # fmt: skip
-    assert len(sifted(GROUPS, 1.0, keep=9).rows) == 4
+    assert len(sifted(GROUPS, keep=9).rows) == 4
 
 
 def test_nothing_right_is_an_error_that_says_what_to_do():
     with pytest.raises(RunError, match="none of 5 completions of 1 problems") as caught:
-        sifted(GROUPS[1:2], 1.0, keep=2)
+        sifted(GROUPS[1:2], keep=2)
     assert "rejection_sampling.samples" in caught.value.hint and "`data`" in caught.value.hint
 
 
@@ -53,7 +55,7 @@ def test_samples_are_the_models_own_and_repeatable():
     )
     heard: list[int] = []
     found = harvest(loaded, task, e, heard.append)
-    assert heard == [16, 24], "blocks of 128 rows"
+    assert heard == list(range(1, 25)), "problem by problem"
     assert found.rows == harvest(loaded, task, e).rows
     assert found.problems == 24 and found.sampled == 192
     assert 0 < len(found.rows) <= found.distinct < found.correct < 192
@@ -63,13 +65,13 @@ def test_samples_are_the_models_own_and_repeatable():
 
 
 def test_no_step_of_training_draws_the_same_numbers(monkeypatch):
-    steps: list[int] = []
+    heard: list[dict] = []
 
-    def listening(loaded, task, samples, *, step, **options):
-        steps.append(step)
+    def listening(loaded, task, samples, **options):
+        heard.append({"purpose": "rollout", **options})
         return [group(s.prompt, ("a", 1.0)) for s in samples]
 
     monkeypatch.setattr(rejection, "rollout", listening)
     e = Stage.model_validate({"method": "sft", "task": "countdown", "rejection_sampling": {}})
     rejection.harvest(models.load("demo"), load_task("countdown"), e)
-    assert len(steps) == len(set(steps)) == 512 // 16 and max(steps) < 0
+    assert [o["purpose"] for o in heard] == ["rejection"]

@@ -111,7 +111,7 @@ def test_a_run_is_a_function_of_its_seed_and_can_be_cut_anywhere():
     seen = run(one, e)
     optimizer = optimizer_of(e)
     first = run(two, e.model_copy(update={"iters": 3}), optimizer=optimizer)
-    second = run(two, e, optimizer=optimizer, start=3, before=first[-1])
+    second = run(two, e, optimizer=optimizer, start=3, history=first)
     assert first + second == seen
     a, b = weights(one), weights(two)
     assert all(np.array_equal(a[k], b[k]) for k in a)

@@ -236,7 +236,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 TIED = "it multiplies by the tied embedding's weight as if that were not packed; untied it packs"
 NO_METAL = {"runs": "No Metal back-end"}
-NO_MERGE = {"decodes": "holds one row", "padded": "holds one row"}
+NO_MERGE = {"padded": "takes no rows of different lengths"}
 NO_WEIGHT: dict[str, str] = dict.fromkeys(
     ("harmless", "gradients", "switched off", "loads", "decodes", "padded", "fast path"),
     "no attribute 'weight'",
@@ -283,11 +283,11 @@ LIMITS: Faults = {  # mlx-lm's
         {"attaches": "no linear layer"},
         "its linear layers are all `HadamardQuantizedLinear`, which mlx-lm's LoRA does not know",
     ),
-    "llama4": (NO_MERGE, "its `ChunkedKVCache` cannot be merged into a batch"),
+    "llama4": (NO_MERGE, "its `ChunkedKVCache` takes rows of one length only"),
     "deepseek_v41": (
         {"gradients": "VJP with respect to indices", **NO_MERGE},
         "it picks experts and rounds to FP4 by indices at which no gradient is stopped; its "
-        "`LayerCache` cannot be merged into a batch",
+        "`LayerCache` takes rows of one length only",
     ),
 }
 UNTRIED = {"olmo": "it needs the package ai2-olmo, and ends the process without it"}

@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lora import cpu
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, blocks, lora_layers, switched_off
-from mlx_lora.generate import prefill
+from mlx_lora.caches import prefill
 from mlx_lora.models import split_head
 from tests.tiny import IDS
 from tests.zoo import KEYS, VOCABULARY, build

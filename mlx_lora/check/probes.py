@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mlx_lora.data import context_of, encode, rows_of
+from mlx_lora.data import Row, context_of, encode, rows_of
 from mlx_lora.errors import ConfigError
 from mlx_lora.models import DEMO, Loaded, encode_prompt
+from mlx_lora.types import Prompt
 
 ASSETS = Path(__file__).parents[1] / "assets"
 ROOM = 20  # tokens of a continuation, beside its prompt
@@ -16,7 +18,7 @@ class Probes:
     """Texts as token ids with the index of the first token scored, and prompts to continue."""
 
     texts: list[tuple[list[int], int]]
-    prompts: list[str]
+    prompts: list[Prompt]
 
 
 def read(loaded: Loaded, path: Path | None = None, *, samples: int | None = None) -> Probes:
@@ -25,18 +27,20 @@ def read(loaded: Loaded, path: Path | None = None, *, samples: int | None = None
     At most `samples` prompts are continued; None: all.
 
     JSONL rows: {"text": ...} is read whole, {"prompt": ..., "completion": ...} is read from the
-    completion on, {"prompt": ...} is continued. A .txt file is one text per line, read and
+    completion on, {"prompt": ...} is continued; {"messages": [...]} is read from the assistant's
+    last turn on, or continued where there is none. A .txt file is one text per line, read and
     continued.
     """
     if path is None:
         path = ASSETS / ("check_demo.jsonl" if loaded.name == DEMO else "check_general.jsonl")
     texts: list[tuple[list[int], int]] = []
-    prompts: list[str] = []
+    prompts: list[Prompt] = []
     problems: list[str] = []
     limit = context_of(loaded)
     for number, row in rows_of(path):
-        if not {"text", "prompt"} & row.keys():
-            problems.append(f"{path}:{number}: needs `text` or `prompt`, got {sorted(row)}")
+        row = spelled_out(row)
+        if problem := unfit(row):
+            problems.append(f"{path}:{number}: {problem}")
             continue
         found = encode(row, loaded.tokenizer)
         length = len(found.ids) if found else 0
@@ -54,6 +58,37 @@ def read(loaded: Loaded, path: Path | None = None, *, samples: int | None = None
     if not texts or not prompts:
         raise ConfigError(
             f"{path}: {len(texts)} texts to read and {len(prompts)} prompts to continue; need both",
-            'Rows are {"text": ...}, {"prompt": ..., "completion": ...} or {"prompt": ...}.',
+            'Rows are {"text": ...}, {"prompt": ..., "completion": ...}, {"prompt": ...} or '
+            '{"messages": [...]}.',
         )
     return Probes(texts, prompts[:samples])
+
+
+def spelled_out(row: Row) -> Row:
+    """Messages as the prompt that the assistant's last turn, if it is there, completes."""
+    turns = row.get("messages")
+    if not isinstance(turns, list) or not all(is_turn(turn) for turn in turns):
+        return row
+    pairs = tuple((turn["role"], turn["content"]) for turn in turns)
+    if pairs and pairs[-1][0] == "assistant":
+        return {"prompt": pairs[:-1], "completion": pairs[-1][1]}
+    return {"prompt": pairs}
+
+
+def is_turn(turn: Any) -> bool:
+    keys = ("role", "content")
+    return isinstance(turn, dict) and all(isinstance(turn.get(k), str) for k in keys)
+
+
+def unfit(row: Row) -> str:
+    """What is wrong with a row, in words; nothing where it can be read or continued."""
+    if "messages" in row:
+        return "`messages` is a list of {role, content}, both texts"
+    if not {"text", "prompt"} & row.keys():
+        return f"needs `text`, `prompt` or `messages`, got {sorted(row)}"
+    blank = [k for k in ("text", "prompt", "completion") if k in row and not has_text(row[k])]
+    return f"`{blank[0]}` is empty" if blank else ""
+
+
+def has_text(value: Any) -> bool:
+    return bool(value.strip() if isinstance(value, str) else value)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from mlx_lora.check.certificate import ANYWHERE, HERE, NAME
 from mlx_lora.check.gate import Report
+from mlx_lora.problems import readable
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 SHOWN = 4
@@ -65,7 +66,7 @@ def sample_table(report: Report) -> Table:
     for heading in ("prompt", "base", "with adapter"):
         table.add_column(heading, ratio=1, overflow="fold")
     for pair in report.measured.samples[:SHOWN]:
-        table.add_row(*(plain(x) for x in (pair.prompt, pair.base, pair.adapted)))
+        table.add_row(*(plain(x) for x in (readable(pair.prompt), pair.base, pair.adapted)))
     return table
 
 

@@ -10,14 +10,14 @@ from mlx_lora.check.probes import Probes
 from mlx_lora.check.reading import read_both
 from mlx_lora.check.sides import Side
 from mlx_lora.generate import generate
-from mlx_lora.types import Rollout
+from mlx_lora.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
 class SamplePair:
     """One prompt continued twice with the same random numbers."""
 
-    prompt: str
+    prompt: Any  # a text, or turns of (role, content)
     base: str
     adapted: str
 
@@ -25,7 +25,7 @@ class SamplePair:
 def write_both(
     base: Side,
     adapted: Side,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_tokens: int,
     seed: int,
     *,
@@ -60,9 +60,11 @@ def write_both(
     }
 
 
-def continuations(side: Side, prompts: Sequence[str], max_tokens: int, seed: int) -> list[Rollout]:
+def continuations(
+    side: Side, prompts: Sequence[Prompt], max_tokens: int, seed: int
+) -> list[Rollout]:
     with side.entered():
-        groups = generate(side.loaded, prompts, max_tokens=max_tokens, seed=seed)
+        groups = generate(side.loaded, prompts, purpose="check", max_tokens=max_tokens, seed=seed)
     return [group[0] for group in groups]
 
 

@@ -49,15 +49,19 @@ def save(
     model: nn.Module,
     optimizer: optim.Optimizer,
     config: Mapping[str, Any],
+    memory: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write checkpoints/NNNNNNN after that many steps and drop all but the newest two."""
+    """Write checkpoints/NNNNNNN after that many steps and drop all but the newest two.
+
+    `memory` is plain data that `recall` gives back.
+    """
     final = folder / f"{steps_done:07d}"
     part = folder / f".{final.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     files.save(model, config, part)
     state = {k: v for k, v in tree_flatten(optimizer.state) if isinstance(v, mx.array)}
     mx.save_safetensors(str(part / OPTIMIZER), state)
-    (part / STATE).write_text(json.dumps({"steps_done": steps_done}))
+    (part / STATE).write_text(json.dumps({"steps_done": steps_done, "memory": dict(memory or {})}))
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
     for old in every(folder)[:-KEPT]:
@@ -75,17 +79,6 @@ def steps_done(folder: Path) -> int:
     return int(found[-1].name) if found else 0
 
 
-def latest(folder: Path) -> Path:
-    found = every(folder)
-    if not found:
-        raise RunError(
-            f"there is no checkpoint in {folder} to resume from",
-            "Runs write one every `save_every` steps and on Ctrl-C; start this one again in a new "
-            "folder.",
-        )
-    return found[-1]
-
-
 def load(checkpoint: Path, model: nn.Module, optimizer: optim.Optimizer) -> int:
     """Put a checkpoint into an attached model and its optimizer. Returns the steps done."""
     try:
@@ -98,6 +91,11 @@ def load(checkpoint: Path, model: nn.Module, optimizer: optim.Optimizer) -> int:
     optimizer.state = tree_unflatten(list(state.items()))  # type: ignore[union-attr]
     mx.eval(optimizer.state)
     return steps
+
+
+def recall(checkpoint: Path) -> dict[str, Any]:
+    """The `memory` that a checkpoint was saved with."""
+    return json.loads((checkpoint / STATE).read_text()).get("memory", {})
 
 
 def restore(folder: Path, model: nn.Module) -> None:

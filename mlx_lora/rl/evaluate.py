@@ -1,39 +1,44 @@
-"""Accuracy of a model on a task's held-out problems, greedy and sampled, with its interval."""
+"""How well a model does on a task's held-out problems, greedy and sampled, with its interval."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mlx_lora.generate import generate
-from mlx_lora.models import Loaded
-from mlx_lora.tasks import score
-from mlx_lora.types import Reward, Sample, Task
+import numpy as np
 
-ROWS = 128  # decoded together
+from mlx_lora.models import Loaded
+from mlx_lora.rl.rollout import rollout
+from mlx_lora.types import CORRECT, SCORED, Group, Reward, Sample, Task
+
+Heard = Callable[[float, Sequence[Group]], None]  # (temperature, groups)
 
 
 def evaluate(
-    loaded: Loaded, task: Task, *, n: int = 512, max_tokens: int = 256, seed: int = 0
+    loaded: Loaded,
+    task: Task,
+    *,
+    n: int = 512,
+    max_tokens: int = 256,
+    seed: int = 0,
+    stop: Sequence[str] | None = None,
+    group: int = 1,
+    reward_seconds: float = 60,
+    heard: Heard = lambda temperature, groups: None,
 ) -> dict[str, Any]:
     """The JSON of `mlx-lora eval`: greedy accuracy with its 95 % Wilson interval, sampled accuracy.
 
-    The problems depend on the task and n alone, so that before and after face the same ones. The
-    sampled accuracy is at temperature 1, one completion a problem.
+    The problems depend on the task and n alone, so that before and after face the same ones: all of
+    them where there are fewer than n. `group` completions of each are sampled at temperature 1.
+    `stop` None: the task's own. `heard` gets all completions.
     """
     samples = task.load("test", n, 0)
-    greedy = judge(loaded, task, samples, max_tokens, 0.0, seed)
-    sampled = judge(loaded, task, samples, max_tokens, 1.0, seed)
-    hits = sum(r.value >= task.high for r in greedy)
-    low, high = wilson(hits, n)
-    return {
-        "n": n,
-        "accuracy": hits / n,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "accuracy_sampled": sum(r.value >= task.high for r in sampled) / n,
-        "reasons": dict(Counter(r.reason for r in greedy).most_common()),
-    }
+    options = {"stop": stop, "reward_seconds": reward_seconds}
+    greedy = judge(loaded, task, samples, max_tokens, 0.0, seed, **options)
+    heard(0.0, greedy)
+    sampled = judge(loaded, task, samples, max_tokens, 1.0, seed, group=group, **options)
+    heard(1.0, sampled)
+    return summed_up([g.rewards[0] for g in greedy], [g.rewards for g in sampled])
 
 
 def judge(
@@ -43,17 +48,57 @@ def judge(
     max_tokens: int,
     temperature: float,
     seed: int,
-) -> list[Reward]:
-    """One completion and its reward per sample, in blocks of fixed width."""
-    rewards: list[Reward] = []
-    for start in range(0, len(samples), ROWS):
-        block = samples[start : start + ROWS]
-        prompts = [s.prompt for s in block]
-        groups = generate(
-            loaded, prompts, max_tokens=max_tokens, temperature=temperature, seed=seed, step=start
-        )
-        rewards += [score(task, s, g[0].text) for s, g in zip(block, groups, strict=True)]
-    return rewards
+    **options: Any,
+) -> list[Group]:
+    """Completions of each sample with their rewards, one unless `group` says otherwise."""
+    options = {"group": 1, "temperature": temperature, "max_tokens": max_tokens, **options}
+    return rollout(loaded, task, samples, seed=seed, step=0, purpose="evaluate", **options)
+
+
+def summed_up(greedy_P: Sequence[Reward], sampled_PG: Sequence[Sequence[Reward]]) -> dict[str, Any]:
+    """The numbers of an evaluation. Accuracies are null for a task that calls nothing correct."""
+    n = len(greedy_P)
+    found: dict[str, Any] = {"n": n} | dict.fromkeys(
+        ("accuracy", "accuracy_low", "accuracy_high", "accuracy_sampled")
+    )
+    found |= {"pass_at": {}, "reward_mean": float(np.mean([r.value for r in greedy_P]))}
+    if any(r.reason != SCORED for r in greedy_P):
+        hits = sum(r.reason == CORRECT for r in greedy_P)
+        low, high = wilson(hits, n)
+        counts = [(len(row), sum(r.reason == CORRECT for r in row)) for row in sampled_PG]
+        group = counts[0][0]
+        sizes = sorted({2**i for i in range(group.bit_length())} | {group})
+        passed = {str(k): float(np.mean([pass_at(k, *c) for c in counts])) for k in sizes}
+        found |= {
+            "accuracy": hits / n,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "accuracy_sampled": passed["1"],
+            "pass_at": passed,
+        }
+    return found | {"reasons": dict(Counter(r.reason for r in greedy_P).most_common())}
+
+
+def pass_at(k: int, n: int, correct: int) -> float:
+    """Chance that k of n completions, drawn without replacement, hold a correct one.
+
+    Source: Chen et al., arXiv 2107.03374, equation 1: unbiased for k up to n.
+
+    >>> pass_at(1, 4, 1), pass_at(2, 4, 1), pass_at(4, 4, 1)
+    (0.25, 0.5, 1.0)
+    """
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def sentence(result: dict[str, Any]) -> str:
+    """An evaluation in one line: accuracies, or the mean reward where nothing is correct."""
+    if result["accuracy"] is None:
+        return f"mean reward {result['reward_mean']:.4g} of {result['n']} held-out problems"
+    return (
+        f"accuracy {result['accuracy']:.1%} of {result['n']} held-out problems "
+        f"({result['accuracy_low']:.1%} to {result['accuracy_high']:.1%}), "
+        f"sampled {result['accuracy_sampled']:.1%}"
+    )
 
 
 def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -1,32 +1,28 @@
 """Group-relative policy optimisation on the quantized model's own rollouts. No trainer class.
 
-Left out on purpose: a value function, a second model as reference, more than one update per
-rollout.
+Left out on purpose: a value function, a second model as reference.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
 
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_lora.adapter.schedules import NEEDS_KL, scale_at, scale_of, schedules, set_scale
+from mlx_lora.adapter.schedules import scale_at, scale_of, schedules, set_scale
 from mlx_lora.data import draw
 from mlx_lora.models import Loaded
 from mlx_lora.optimizers import Diverged, Metrics, Patience, learning_rate
-from mlx_lora.rl.advantages import advantages, zero_variance
+from mlx_lora.rl.advantages import zero_variance
 from mlx_lora.rl.describe import describe
-from mlx_lora.rl.learner import apply, gradient_health, gradients
-from mlx_lora.rl.logprobs import pack
-from mlx_lora.rl.losses import losses
 from mlx_lora.rl.rollout import rewards, rollout
+from mlx_lora.rl.update import lessons, rule_of, update
 from mlx_lora.runlog import Clock
 from mlx_lora.schema import Stage
 from mlx_lora.types import Group, Sample, Task
 
 __all__ = ["Diverged", "train"]
 POOL = 4096  # training problems kept; longer runs reshuffle them every epoch
+Norms = Mapping[str, float]  # of the gradient, by module
 
 
 def train(
@@ -38,91 +34,78 @@ def train(
     report: Callable[[int, Metrics, Sequence[Group]], None],
     *,
     start: int = 0,
-    before: Metrics | None = None,
+    history: Sequence[Metrics] = (),
+    report_norms: Callable[[int, Norms], None] = lambda step, norms: None,
 ) -> Iterator[int]:
     """Run the steps from `start` to `iters`, one at each `next`, yielding the step just done.
 
     `report` gets its metrics and groups. Everything random is a function of (seed, step); the scale
-    schedule looks at the metrics of the step before, for the first one at `before`.
+    schedule looks at the metrics of the step before. `history` holds those before `start`.
     """
     model, e = loaded.model, experiment
-    loss = losses.bind(e.grpo.loss, loss_options(e))
-    advantage = advantages.bind(e.grpo.advantage, {})
+    rule, before = rule_of(e), history[-1] if history else None
     schedule = e.scale_schedule and schedules.bind(e.scale_schedule.name, e.scale_schedule.options)
-    samples = problems(task, e.iters * e.batch_size, e.seed)
-    patience = Patience(e)
+    samples = problems(task, drawn(e), e.seed)
+    patience = Patience(e, history)
     for step in range(start, e.iters):
         optimizer.learning_rate = learning_rate(e, step)
         if schedule:
             configured = e.lora_parameters.effective_scale
             set_scale(model, scale_at(schedule, configured, e.iters, step, before))
         with clock.measure("rollout", kind="step"):
-            groups = rollout(
-                loaded,
-                task,
-                draw(samples, step, e.batch_size, e.seed),
-                group=e.grpo.group_size,
-                seed=e.seed,
-                step=step,
-                **e.rollout.model_dump(),
-            )
-        rewards_PG = rewards(groups)
-        metrics = describe(groups, rewards_PG) | {"scale": scale_of(model)}
-        useful_P = ~zero_variance(rewards_PG)
-        if useful_P.any():  # Adam would rescale the noise of a zero gradient into a full step
+            sampled, groups = sample(loaded, task, samples, e, step)
+        metrics = describe(sampled, rewards(sampled)) | {"scale": scale_of(model)}
+        if e.grpo.dynamic_sampling:
+            metrics["groups_resampled"] = len(sampled) - e.batch_size
+        packed, about = lessons(groups, rewards(groups), e)
+        metrics |= about
+        if packed is not None:
             with clock.measure("learn", kind="step"):
-                metrics |= update(
-                    model, groups, advantage(rewards_PG), useful_P, loss, optimizer, e, step
-                )
-        report(step, metrics, groups)
+                learnt, norms = update(model, packed, rule, optimizer, e, step)
+            metrics |= learnt
+            if norms:
+                report_norms(step, norms)
+        report(step, metrics, sampled)
         patience.saw(step, metrics)
         before = metrics
         yield step
 
 
-def update(
-    model: nn.Module,
-    groups: Sequence[Group],
-    advantages_PG: np.ndarray,
-    useful_P: np.ndarray,
-    loss: Callable,
-    optimizer: optim.Optimizer,
-    e: Stage,
-    step: int,
-) -> Metrics:
-    """One optimizer step on the groups that disagree within themselves."""
-    rollouts = [r for g, useful in zip(groups, useful_P, strict=True) if useful for r in g.rollouts]
-    packed = pack(rollouts, advantages_PG[useful_P].reshape(-1))
-    measured, grads = gradients(
-        model,
-        packed,
-        loss,
-        temperature=e.rollout.temperature or 1.0,
-        beta=e.grpo.beta,
-        measure_kl=wants_kl(e, step),
-    )
-    more = gradient_health(grads) if (step + 1) % e.monitor.every == 0 else {}
-    ratio = e.lora_parameters.lora_plus_ratio
-    norm, taken = apply(model, optimizer, grads, e.grpo.max_grad_norm, lora_plus=ratio)
-    return {k: cast(float, v.item()) for k, v in measured.items()} | {
-        "grad_norm": norm,
-        "update_taken": float(taken),
-        "learning_rate": float(optimizer.learning_rate),
-        "tokens_trained": packed.tokens,
-        **more,
-    }
+def sample(
+    loaded: Loaded, task: Task, samples: Sequence[Sample], e: Stage, step: int
+) -> tuple[list[Group], list[Group]]:
+    """All groups that were sampled in a step, and those to learn from.
+
+    Dynamic sampling: while fewer than batch_size groups have a spread of rewards, another batch of
+    problems, at most so many times. These are the problems of a step after the run's last, so that
+    they are a function of (seed, step, round) and new. Source: DAPO, arXiv 2503.14476, section 3.2.
+    """
+    found: list[Group] = []
+    useful: Sequence[int] = []
+    for turn in range(1 + e.grpo.dynamic_sampling):
+        numbers = range(turn * e.batch_size, (turn + 1) * e.batch_size)
+        found += rollout(
+            loaded,
+            task,
+            draw(samples, step + turn * e.iters, e.batch_size, e.seed),
+            group=e.grpo.group_size,
+            seed=e.seed,
+            step=step,
+            numbers=numbers,
+            **e.rollout.model_dump(),
+        )
+        useful = np.flatnonzero(~zero_variance(rewards(found))).tolist()
+        if len(useful) >= e.batch_size:
+            break
+    if not e.grpo.dynamic_sampling:
+        return found, found
+    return found, [found[p] for p in useful[: e.batch_size]]
 
 
-def wants_kl(e: Stage, step: int) -> bool:
-    """Every `monitor.every` steps, at both ends, and always where the scale depends on it."""
-    if e.scale_schedule and e.scale_schedule.name in NEEDS_KL:
-        return True
-    return (step + 1) % e.monitor.every == 0 or step in (0, e.iters - 1)
+def drawn(e: Stage) -> int:
+    """Problems that a run draws, at most."""
+    return e.iters * e.batch_size * (1 + e.grpo.dynamic_sampling)
 
 
 def problems(task: Task, wanted: int, seed: int) -> Sequence[Sample]:
     return task.load("train", min(wanted, POOL), seed)
-
-
-def loss_options(e: Stage) -> Mapping[str, Any]:
-    return {"clip_low": e.grpo.clip_low, "clip_high": e.grpo.clip_high}

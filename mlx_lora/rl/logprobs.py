@@ -8,9 +8,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.adapter.attach import reference
-from mlx_lora.generate import prefill
-from mlx_lora.models import pad_right, plain_cache, split_head
+from mlx_lora.caches import company, prefill
+from mlx_lora.models import pad_right, plain_cache, split_head, vocabulary_size
 from mlx_lora.numerics import entropy, log_softmax
+from mlx_lora.recompute import recomputed
+from mlx_lora.rl.vocabulary import rows_of_a_chunk, score_tokens
 from mlx_lora.types import Rollout
 
 
@@ -50,21 +52,88 @@ def pack(rollouts: Sequence[Rollout], advantages_B: np.ndarray) -> Packed:
     )
 
 
+def rows_of(packed: Packed, rows: slice | Sequence[int]) -> Packed:
+    """Some rows, with the prompts that they need, as wide as the longest of them."""
+    chosen = np.arange(len(packed.prompt_of_B))[rows]
+    prompt_of_B = [packed.prompt_of_B[row] for row in chosen]
+    place_of = {p: i for i, p in enumerate(dict.fromkeys(prompt_of_B))}
+    kept = mx.array(chosen)
+    width = int(np.array(packed.mask_BT)[chosen].sum(axis=1).max())
+    return Packed(
+        [packed.prompts[p] for p in place_of],
+        [place_of[p] for p in prompt_of_B],
+        packed.targets_BT[kept, :width],
+        packed.mask_BT[kept, :width],
+        packed.sampler_logps_BT[kept, :width],
+        packed.advantages_B[kept],
+    )
+
+
 def completion_logps(
-    model: nn.Module, packed: Packed, temperature: float
+    model: nn.Module, packed: Packed, temperature: float, *, gradient: bool = True
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities [B, T] of the completion tokens and the entropy [B, T] there, in nats.
 
-    The vocabulary is met at completion positions only, and a prompt is computed once for its whole
-    group: the completions run as one block over its forked cache. Where caches do not fork
-    (sliding windows, state spaces) every row runs in full.
+    Both are 0 where the mask is. The vocabulary is met at completion tokens only, a few at a time,
+    and a prompt is computed once for its whole group: the completions run as one block over its
+    forked cache. Where that does not go (sliding windows, state spaces) every row runs in full.
+    `gradient=False` saves the work that only a gradient needs, where none is taken.
     """
-    whole = completion_hidden if plain_cache(model) else completion_hidden_in_full
-    hidden_BTD = whole(model, packed)
-    logits_BTV = split_head(model).head(hidden_BTD).astype(mx.float32) / temperature
-    logps_BTV = log_softmax(logits_BTV)
-    logps_BT = mx.take_along_axis(logps_BTV, packed.targets_BT[..., None], axis=-1)[..., 0]
-    return logps_BT, entropy(logps_BTV)
+    split = split_head(model)
+    if split.body is model:
+        return whole_logps(model, packed, temperature)
+    hidden = completion_hidden if forks(model, packed) else completion_hidden_in_full
+    hidden_BTD = hidden(model, packed)
+    at_N, place_BT = real_tokens(packed.mask_BT)
+    scores = score_tokens(
+        split.head,
+        hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[at_N],
+        packed.targets_BT.reshape(-1)[at_N],
+        temperature,
+        vocabulary_size(model),
+        gradient=gradient,
+    )
+    logps_BT, entropy_BT = (mx.pad(x_N, (0, 1))[place_BT] for x_N in scores)
+    return logps_BT, entropy_BT
+
+
+def forks(model: nn.Module, packed: Packed) -> bool:
+    """Whether the cache of these prompts can be forked, and gradients go through."""
+    lengths = set(map(len, packed.prompts))
+    return plain_cache(model) and (len(lengths) == 1 or company(model) == "mixed")
+
+
+def real_tokens(mask_BT: mx.array) -> tuple[mx.array, mx.array]:
+    """Places [N] of the tokens that count among all B·T, and of each [B, T] its n; padding's is N.
+
+    >>> [x.tolist() for x in real_tokens(mx.array([[1, 0], [1, 1]]))]
+    [[0, 2, 3], [[0, 3], [1, 2]]]
+    """
+    real = np.array(mask_BT).reshape(-1) > 0
+    place = np.where(real, np.cumsum(real) - 1, real.sum())
+    return mx.array(np.flatnonzero(real)), mx.array(place.reshape(mask_BT.shape))
+
+
+def whole_logps(model: nn.Module, packed: Packed, temperature: float) -> tuple[mx.array, mx.array]:
+    """The same for a model whose head cannot be told apart: a few rows at a time, made twice."""
+    width = packed.targets_BT.shape[1]
+    longest = max(map(len, packed.prompts)) + width
+    count = max(1, rows_of_a_chunk(vocabulary_size(model)) // longest)
+    found: list[tuple[mx.array, mx.array]] = []
+    for start in range(0, len(packed.prompt_of_B), count):
+        part = rows_of(packed, slice(start, start + count))
+
+        def scored(targets_BT: mx.array, part: Packed = part) -> tuple[mx.array, ...]:
+            logits_BTV = completion_hidden_in_full(model, part).astype(mx.float32) / temperature
+            logps_BTV = log_softmax(logits_BTV)
+            logps_BT = mx.take_along_axis(logps_BTV, targets_BT[..., None], axis=-1)[..., 0]
+            return logps_BT, entropy(logps_BTV)
+
+        made = recomputed(model, scored, part.targets_BT)
+        padding = [(0, 0), (0, width - part.targets_BT.shape[1])]
+        found.append(tuple(mx.pad(x_BT * part.mask_BT, padding) for x_BT in made))
+    logps_BT, entropy_BT = (mx.concatenate(parts) for parts in zip(*found, strict=True))
+    return logps_BT, entropy_BT
 
 
 def completion_hidden(model: nn.Module, packed: Packed) -> mx.array:
@@ -93,6 +162,6 @@ def completion_hidden_in_full(model: nn.Module, packed: Packed) -> mx.array:
 def reference_logps(model: nn.Module, packed: Packed, temperature: float) -> mx.array:
     """The same under the reference policy, which needs no second model in memory."""
     with reference(model):
-        logps_BT, _ = completion_logps(model, packed, temperature)
+        logps_BT, _ = completion_logps(model, packed, temperature, gradient=False)
         mx.eval(logps_BT)
     return logps_BT

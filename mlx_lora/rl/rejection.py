@@ -12,9 +12,7 @@ from mlx_lora.errors import RunError
 from mlx_lora.models import Loaded
 from mlx_lora.rl.rollout import rollout
 from mlx_lora.schema import Stage
-from mlx_lora.types import Group, Task
-
-ROWS = 128  # sampled together
+from mlx_lora.types import CORRECT, Group, Task
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Harvest:
     rows: Sequence[dict[str, Any]]
     problems: int
     sampled: int
-    correct: int  # earned the full reward
+    correct: int
     distinct: int  # ... and are not the same text as another of their problem
 
     def counts(self) -> dict[str, int]:
@@ -43,27 +41,28 @@ def harvest(
     assert asked is not None, "called for a stage without rejection sampling"
     samples = task.load("train", asked.problems, e.seed)
     options: dict[str, Any] = {**e.rollout.model_dump(), "temperature": asked.temperature}
-    width = max(1, ROWS // asked.samples)
-    groups: list[Group] = []
-    for begin in range(0, len(samples), width):
-        block = samples[begin : begin + width]
-        # steps below zero: no step of a training loop draws these random numbers again
-        step = -1 - begin
-        groups += rollout(
-            loaded, task, block, group=asked.samples, seed=e.seed, step=step, **options
-        )
-        done(len(groups))
-    return sifted(groups, task.high, asked.keep)
+    groups = rollout(
+        loaded,
+        task,
+        samples,
+        group=asked.samples,
+        seed=e.seed,
+        step=0,
+        purpose="rejection",  # no step of a training loop draws these random numbers again
+        heard=done,
+        **options,
+    )
+    return sifted(groups, asked.keep)
 
 
-def sifted(groups: Sequence[Group], full: float, keep: int) -> Harvest:
-    """Of each group the first `keep` distinct completions with the full reward."""
+def sifted(groups: Sequence[Group], keep: int) -> Harvest:
+    """Of each group the first `keep` distinct completions that are correct."""
     rows, correct, distinct = [], 0, 0
     for group in groups:
         right = [
             (rollout.text, reward.value)
             for rollout, reward in zip(group.rollouts, group.rewards, strict=True)
-            if reward.value >= full
+            if reward.reason == CORRECT
         ]
         correct += len(right)
         different = dict(right)
@@ -76,7 +75,7 @@ def sifted(groups: Sequence[Group], full: float, keep: int) -> Harvest:
     if not rows:
         raise RunError(
             f"rejection sampling kept nothing: none of {sampled:,} completions of {len(groups):,} "
-            f"problems earned the full reward",
+            f"problems is correct",
             "Raise rejection_sampling.samples or problems, make the task easier, or give `data`: "
             "correct completions from elsewhere.",
         )

@@ -240,7 +240,7 @@ def dominance(report: LoRAReport) -> "Figure":
     logarithmic(axis, low, high, extra=[edge for edge, *_ in BANDS[:-1]])
     note = f" ({', '.join(outside)} after the last)" if outside else ""
     axis.set(xlabel=f"block{note}", ylabel="σ_max(scale·BA) / σ_max(W)")
-    axis.set_xlim(-0.4, max(max(xs) for xs in loudest.values()) + 0.4)
+    axis.set_xlim(-0.4, max(max(loudest[kind]) for kind in names) + 0.4)
     whole_numbers(axis.xaxis)
     figure.legend(loc="lower center", ncols=across, frameon=False, columnspacing=1.2)
     return figure

@@ -10,10 +10,10 @@ from itertools import islice
 from operator import add, mul, sub, truediv
 
 from mlx_lora.errors import ConfigError, TaskError, near
+from mlx_lora.rewards.answers import CLOSE, OPEN, answer_block
 from mlx_lora.types import Reward, Sample, Task
 
 SPLITS = ("train", "test")
-OPEN, CLOSE = "<answer>", "</answer>"
 MAX_CHARS, MAX_DEPTH, MAX_DIGITS = 256, 32, 6
 ALLOWED, TOKEN = re.compile(r"[-+*/()0-9 \t\r\n]*"), re.compile(r"[0-9]+|[-+*/()]")
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
@@ -160,29 +160,14 @@ def reward(sample: Sample, completion: str, *, partial_credit: float = 0.0) -> R
     if inner is None:
         return Reward(0.0, problem)
     value, used, problem = evaluate(inner)
+    answer = inner.strip()
     if value is None:
-        return Reward(0.0, problem)
+        return Reward(0.0, problem, answer=answer)
     if sorted(used) != sorted(sample.columns["numbers"]):
-        return Reward(0.0, "wrong_numbers")
+        return Reward(0.0, "wrong_numbers", answer=answer)
     if value != sample.columns["target"]:
-        return Reward(partial_credit, "wrong_value")
-    return Reward(1.0, "correct")
-
-
-def answer_block(completion: str) -> tuple[str | None, str]:
-    """The text of the only answer block, or None and the reason. Linear in the text's length."""
-    start, end = completion.find(OPEN), completion.find(CLOSE)
-    if start < 0 or end < 0:
-        return None, "no_answer"
-    if completion.count(OPEN) > 1 or completion.count(CLOSE) > 1:
-        return None, "several_answers"
-    if end < start:
-        return None, "no_answer"
-    if completion.rfind("<think>", 0, start) > completion.rfind("</think>", 0, start):
-        return None, "answer_in_think"
-    if completion[end + len(CLOSE) :].strip():
-        return None, "text_after_answer"
-    return completion[start + len(OPEN) : end], ""
+        return Reward(partial_credit, "wrong_value", answer=answer)
+    return Reward(1.0, "correct", answer=answer)
 
 
 def evaluate(text: str) -> tuple[Fraction | None, list[int], str]:

@@ -1,0 +1,94 @@
+"""Which step's adapter did best on held-out problems, kept in training; and when to stop.
+
+Everything is a function of evals.jsonl, so that a resumed run decides as an uninterrupted one.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mlx_lora import distributed
+from mlx_lora.runlog import Clock, RunLog
+from mlx_lora.schema import Stage
+
+EVALS, BEST = "evals.jsonl", "best"
+Measured = dict[str, Any]
+HIGHER = {"accuracy": 1, "reward_mean": 1, "valid_loss": -1}  # sign of what is better
+
+
+class Contest:
+    """Measures every so many steps, keeps the best adapter, says when patience is over.
+
+    `exam` evaluates the model on held-out problems, None where the stage has no task: then the
+    validation loss of SFT decides, wherever it was measured. `keep` saves the adapter.
+    """
+
+    def __init__(
+        self,
+        e: Stage,
+        exam: Callable[[], Measured] | None,
+        keep: Callable[[], None],
+        log: RunLog,
+        clock: Clock,
+    ) -> None:
+        self.e, self.exam, self.keep, self.log, self.clock = e, exam, keep, log, clock
+        file = log.folder / EVALS
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self.rows: list[Measured] = [json.loads(line) for line in lines]
+
+    def after(self, steps_done: int, metrics: Mapping[str, float]) -> bool:
+        """Measure if it is time, keep the adapter if it is the best. True: stop here."""
+        found = self.measured(steps_done, metrics)
+        if found is None:
+            return False
+        row = {"step": steps_done - 1, **found}
+        first = not self.rows or score(row) > max(map(score, self.rows))
+        self.rows.append(row)
+        if first:
+            self.keep()
+        self.log.append(EVALS, row | {"best": first})
+        return self.over()
+
+    def measured(self, steps_done: int, metrics: Mapping[str, float]) -> Measured | None:
+        """The numbers of an evaluation that is due now."""
+        every = self.e.eval.every
+        if self.exam is not None and every:
+            if steps_done % every and steps_done != self.e.iters:
+                return None
+            with self.clock.measure("evaluate", kind="step"):
+                found = self.exam()
+            return {k: v for k, v in found.items() if isinstance(v, int | float) or v is None}
+        loss = metrics.get("valid_loss")
+        return None if loss is None else {"valid_loss": loss}
+
+    def over(self) -> bool:
+        """True when the best one is more evaluations ago than patience allows."""
+        patience = self.e.eval.patience
+        since = len(self.rows) - 1 - self.best_at()
+        return distributed.agreed(bool(patience) and since >= patience)
+
+    def best_at(self) -> int:
+        """Index of the best row, the first of equals."""
+        return max(range(len(self.rows)), key=lambda i: (score(self.rows[i]), -i))
+
+    def summary(self) -> Measured:
+        """What the run's summary says: the best step and its number. Empty without rows."""
+        if not self.rows:
+            return {}
+        best = self.rows[self.best_at()]
+        name = decides(best)
+        return {"best": {"step": best["step"], "metric": name, "value": best[name]}}
+
+
+def score(row: Mapping[str, Any]) -> float:
+    """The number that decides: accuracy, else the mean reward, else the validation loss.
+
+    >>> score({"accuracy": 0.5, "reward_mean": 0.7}), score({"valid_loss": 2.0})
+    (0.5, -2.0)
+    """
+    name = decides(row)
+    return HIGHER[name] * float(row[name])
+
+
+def decides(row: Mapping[str, Any]) -> str:
+    return next(n for n in HIGHER if row.get(n) is not None)

@@ -1,0 +1,1 @@
+"""What a completion earns: the answer in it, several rewards as one, and a user's own."""

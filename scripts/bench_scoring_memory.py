@@ -1,0 +1,190 @@
+"""What do scoring and its gradient hold in memory, and what does the plain form hold and cost?
+
+A random 4-bit Qwen3 of 4 layers and width 128 with a tied head, prompt of 400 tokens. Ours: the
+completion's tokens meet the vocabulary a chunk at a time. Plain: all logits of prompt and completion
+in float32. Both score and differentiate the same row in one process; peaks are above what is
+resident before (weights, and the dense copy of them that the CPU's fast paths keep). NumPy's own
+arrays, which MLX does not count, are counted beside. Writes figures/scoring_memory.json and .png.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+OUT = Path(__file__).resolve().parents[1] / "figures/scoring_memory.json"
+SHAPES = ((1_024, 100), (16_384, 100), (151_936, 50), (151_936, 100), (151_936, 200))
+PATHS = ("openblas", "numpy", "plain")
+PROMPT = 400
+LIMIT_MB, PEER_MB = 200, 1053  # asked for at V 151,936 and 100 tokens; a peer's peak there
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--worker", nargs=2, type=int, metavar=("V", "T"))
+    parser.add_argument("--repeats", type=int, default=3)
+    asked = parser.parse_args()
+    if asked.worker:
+        print(json.dumps(measured(*asked.worker, asked.repeats)))
+        return
+    rows = []
+    for path in PATHS:
+        for vocabulary, tokens in SHAPES:
+            command = [sys.executable, __file__, "--worker", str(vocabulary), str(tokens)]
+            done = subprocess.run(
+                [*command, "--repeats", str(asked.repeats)],
+                env=os.environ | {"MLX_LORA_CPU": path},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            rows.append(json.loads(done.stdout))
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()})
+    from mlx_lora.runlog import environment
+
+    about = {"question": (__doc__ or "").splitlines()[0], "environment": environment()}
+    about |= {"model": "qwen3, 4 layers, width 128, 4 bit, tied head", "prompt": PROMPT}
+    about |= {"limit_mb": LIMIT_MB, "peer_mb": PEER_MB}
+    OUT.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+    draw(rows)
+
+
+def measured(vocabulary: int, tokens: int, repeats: int) -> dict[str, Any]:
+    """Peaks in MB, median seconds, and the largest difference of gradients, of both forms."""
+    import mlx_lora  # noqa: F401  (chooses the CPU path before MLX is imported)
+    import mlx.core as mx
+    import mlx.nn as nn
+    import numpy as np
+    from mlx.utils import tree_flatten
+
+    from mlx_lora import cpu
+    from mlx_lora.adapter.attach import attach
+    from mlx_lora.rl.logprobs import completion_logps, pack
+    from mlx_lora.types import Rollout
+
+    model = qwen3(vocabulary)
+    packed_mb = mx.get_active_memory() / 1e6
+    cpu.accelerate(model)
+    attach(model, rank=8, init="gaussian", init_options={"std": 0.05})
+    rng = np.random.default_rng(0)
+    prompt, ids = (tuple(rng.integers(0, vocabulary, n).tolist()) for n in (PROMPT, tokens))
+    packed = pack([Rollout(prompt, ids, (-1.0,) * tokens, "", True)], np.ones(1))
+    ids_1L = mx.array([[*prompt, *ids]])
+    weight_T = mx.random.normal((tokens,), key=mx.random.key(1))
+
+    def ours(model: nn.Module) -> mx.array:
+        return (completion_logps(model, packed, 1.0)[0][0] * weight_T).sum()
+
+    def plain(model: nn.Module) -> mx.array:
+        logps_LV = nn.log_softmax(model(ids_1L[:, :-1])[0].astype(mx.float32))
+        at_L1 = ids_1L[0, 1:, None]
+        return (mx.take_along_axis(logps_LV, at_L1, axis=-1)[-tokens:, 0] * weight_T).sum()
+
+    found: dict[str, Any] = {"path": cpu.mode(), "vocabulary": vocabulary, "tokens": tokens}
+    grads = {}
+    for name, objective in (("ours", ours), ("plain", plain)):
+        step = nn.value_and_grad(model, objective)
+        mx.eval(step(model))  # the dense copies are made at first use
+        found["weights_mb"], found["packed_mb"] = mx.get_active_memory() / 1e6, packed_mb
+        (value, grads[name]), seconds = timed(lambda step=step: step(model), repeats)
+        found |= {f"{name}_{k}": v for k, v in peaks(lambda step=step: step(model)).items()}
+        found[f"{name}_seconds"] = seconds
+        del value
+    found["times_ours_over_plain"] = found["ours_seconds"] / found["plain_seconds"]
+    pairs = zip(*(tree_flatten(grads[n]) for n in ("ours", "plain")), strict=True)
+    pairs = [(np.array(a), np.array(b)) for (_, a), (_, b) in pairs]
+    largest = max(float(np.abs(b).max()) for _, b in pairs)
+    found["gradient_error"] = max(float(np.abs(a - b).max()) for a, b in pairs) / largest
+    return found
+
+
+def qwen3(vocabulary: int) -> Any:
+    """The model, frozen and packed."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm.models import qwen3
+
+    from mlx_lora import cpu
+
+    cpu.settle()
+    mx.random.seed(0)
+    model = qwen3.Model(
+        qwen3.ModelArgs(
+            model_type="qwen3",
+            hidden_size=128,
+            num_hidden_layers=4,
+            intermediate_size=384,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            rms_norm_eps=1e-6,
+            vocab_size=vocabulary,
+            rope_theta=1e6,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+        )
+    )
+    nn.quantize(model, group_size=64, bits=4)
+    model.freeze()
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def timed(step: Any, repeats: int) -> tuple[Any, float]:
+    """What a step gives, and its median seconds."""
+    import mlx.core as mx
+
+    seconds, found = [], None
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        found = step()
+        mx.eval(found)
+        seconds.append(time.perf_counter() - begin)
+    return found, statistics.median(seconds)
+
+
+def peaks(step: Any) -> dict[str, float]:
+    """MB above what was there, by MLX's count and by NumPy's."""
+    import tracemalloc
+
+    import mlx.core as mx
+
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    tracemalloc.start()
+    mx.eval(step())
+    numpy_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return {
+        "peak_mb": (mx.get_peak_memory() - before) / 1e6,
+        "numpy_mb": numpy_bytes / 1e6,
+    }
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    names = [f"{r['path']}, V {r['vocabulary']:,}, {r['tokens']} tokens" for r in rows]
+    for place, row in enumerate(rows):
+        axes.barh(place + 0.2, row["plain_peak_mb"], 0.4, color="lightgrey")
+        axes.barh(place - 0.2, row["ours_peak_mb"], 0.4, color="steelblue")
+    axes.axvline(LIMIT_MB, color="black", linestyle=":", linewidth=1)
+    axes.axvline(PEER_MB, color="firebrick", linestyle=":", linewidth=1)
+    axes.set_yticks(range(len(rows)), names, fontsize=7)
+    axes.set_xscale("log")
+    axes.set_xlabel("peak MB over weights: ours (blue), all logits at once (grey); peer (red)")
+    axes.set_title("Scoring and gradient of one sequence, prompt 400", loc="left")
+    figure.savefig(OUT.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The best adapter is kept, and a run without progress ends: by what evals.jsonl says, no more."""
+
+import json
+
+import mlx.core as mx
+import pytest
+
+from mlx_lora import config, experiment
+from mlx_lora.adapter import files
+from mlx_lora.contest import Contest
+from mlx_lora.errors import ConfigError
+from mlx_lora.progress import console
+from mlx_lora.runlog import Clock, RunLog
+
+YAML = """
+model: demo
+method: grpo
+task: {name: countdown, partial_credit: 0.5}
+iters: 6
+save_every: 2
+batch_size: 6
+learning_rate: 1e-3
+grpo: {group_size: 4}
+rollout: {max_tokens: 12}
+eval: {n: 8, every: 1, patience: 2}
+monitor: {every: 2}
+"""
+SFT = """
+model: demo
+method: sft
+data: DATA
+iters: 6
+batch_size: 2
+learning_rate: 1e-3
+steps_per_eval: 2
+"""
+
+
+def contest(tmp_path, results, patience=0, every=2):
+    e = config.from_text(YAML, "e.yaml", [f"eval.every={every}", f"eval.patience={patience}"])
+    kept, left = [], iter(results)
+    log = RunLog(tmp_path)
+    made = Contest(e, lambda: {"accuracy": next(left)}, lambda: kept.append(1), log, Clock())
+    return made, kept
+
+
+def test_it_measures_when_due_keeps_what_is_better_and_stops_when_patience_is_over(tmp_path):
+    made, kept = contest(tmp_path, [0.2, 0.4, 0.4, 0.3], patience=2)
+    stops = [made.after(step, {}) for step in range(1, 9)]
+    assert [r["accuracy"] for r in made.rows] == [0.2, 0.4, 0.4, 0.3]
+    assert len(kept) == 2 and made.summary()["best"]["step"] == 3
+    assert stops == [False] * 7 + [True]
+    rows = [json.loads(x) for x in (tmp_path / "evals.jsonl").read_text().splitlines()]
+    assert [r["best"] for r in rows] == [True, True, False, False]
+
+
+def test_a_resumed_contest_decides_as_the_whole_one(tmp_path):
+    """Killed after the second evaluation, the third comes out the same: equal is not better."""
+    made, _ = contest(tmp_path, [0.2, 0.4])
+    for step in (2, 4):
+        made.after(step, {})
+    again, kept = contest(tmp_path, [0.4, 0.3], patience=2)
+    assert not again.after(6, {}) and again.after(8, {})
+    assert not kept and again.summary()["best"]["step"] == 3
+
+
+def test_without_patience_nothing_stops(tmp_path):
+    made, _ = contest(tmp_path, [0.5] * 9, every=1)
+    assert not any(made.after(step, {}) for step in range(1, 10))
+
+
+def run(folder, text, **options):
+    return experiment.run(config.from_text(text), folder, console(quiet=True), **options)
+
+
+def test_a_run_that_does_not_improve_stops_with_its_best_adapter_kept(tmp_path, monkeypatch):
+    accuracies = iter([0.1, 0.5, 0.3, 0.2])
+    real = experiment.evaluate
+
+    def told(*args, **options):
+        return real(*args, **options) | {"accuracy": next(accuracies)}
+
+    monkeypatch.setattr("mlx_lora.stages.evaluate", told)
+    summary = run(tmp_path / "run", YAML)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and summary["best"]["step"] == 1
+    best = files.read(tmp_path / "run" / "adapters" / "best")[1]
+    last = files.read(tmp_path / "run" / "adapters")[1]
+    second = files.read(tmp_path / "run" / "checkpoints" / "0000002")[1]
+    assert all(mx.array_equal(best[k], second[k]) for k in best)
+    assert any(not mx.array_equal(best[k], last[k]) for k in best)
+
+
+def test_sft_keeps_the_adapter_of_the_lowest_validation_loss(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [f"Tom has {n} red cups and Max has a duck." for n in range(8)]
+    for name, part in (("train", rows[:6]), ("valid", rows[6:])):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
+    summary = run(tmp_path / "run", SFT.replace("DATA", str(data)))
+    evals = [json.loads(x) for x in (tmp_path / "run" / "evals.jsonl").read_text().splitlines()]
+    lowest = min(evals, key=lambda row: row["valid_loss"])
+    assert (summary["best"]["step"], summary["best"]["value"]) == (
+        lowest["step"],
+        lowest["valid_loss"],
+    )
+    assert (tmp_path / "run" / "adapters" / "best" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (SFT.replace("DATA", "x.jsonl") + "eval: {every: 2}\n", "eval.every"),
+        (YAML.replace("every: 1, ", ""), "eval.patience"),
+    ],
+)
+def test_keys_that_cannot_act_are_refused(tmp_path, text, part):
+    with pytest.raises(ConfigError, match=part):
+        run(tmp_path / "run", text)

@@ -1,0 +1,169 @@
+"""Two processes over the loopback take the steps of one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_lora import distributed
+from mlx_lora.adapter import files
+
+YAML = """
+model: demo
+method: grpo
+task: {name: countdown, max_count: 2, partial_credit: 0.5}
+iters: 3
+save_every: 2
+batch_size: 3
+learning_rate: 1e-4
+grpo: {group_size: 4, beta: 0.01, advantage: batch_normalised, LOOPS}
+rollout: {max_tokens: 16}
+eval: {n: 7}
+monitor: {every: 1}
+"""
+TIMES = {"seconds", "tokens_per_second"}
+SAY = """
+from mlx_lora import distributed as d
+import mlx.core as mx
+from mlx_lora.errors import TaskError
+import json
+
+def part():
+    if d.rank() == 1:
+        raise TaskError("one of us is ill", "rest")
+    return [1]
+
+def refused(call):
+    try:
+        call()
+    except Exception as error:
+        return str(error)
+
+tree = {"a": mx.full((2, 3), d.rank() + 1.0), "b": [mx.array([d.rank()], mx.int32)]}
+print(json.dumps({
+    "rank": d.rank(),
+    "everybody": d.everybody({"é": d.rank(), "nan": float("nan")})[1]["é"],
+    "agreed": d.agreed(d.rank()),
+    "mine": list(d.mine(range(5))),
+    "everything": d.everything(lambda: d.mine(range(5))),
+    "summed": d.summed(tree)["a"].tolist(),
+    "whole": d.summed(tree)["b"][0].tolist(),
+    "first": d.from_first(tree)["a"].tolist(),
+    "equal": refused(lambda: d.refuse_difference("it", {"x": mx.ones(3)})),
+    "unequal": refused(lambda: d.refuse_difference("it", tree)),
+    "ill": refused(lambda: d.everything(part)),
+}))
+"""
+
+
+def ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    found = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return found
+
+
+def together(folder: Path, *arguments, ranks=2):
+    """The same command as so many ranks of a ring; what each prints."""
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(ranks)]))
+    command = [sys.executable, *map(str, arguments)]
+    started = [
+        subprocess.Popen(
+            command,
+            env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    found = []
+    try:
+        found = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    assert not any(p.returncode for p in started), "\n".join(err for _, err in found)
+    return [out for out, _ in found]
+
+
+def test_ranks_hear_each_other(tmp_path):
+    first, second = (json.loads(out) for out in together(tmp_path, "-c", SAY))
+    assert (first.pop("rank"), second.pop("rank")) == (0, 1)
+    assert first.pop("mine") + second.pop("mine") == [0, 1, 2, 3, 4]
+    assert first == second
+    assert first == {
+        "everybody": 1,
+        "agreed": 0,
+        "everything": [0, 1, 2, 3, 4],
+        "summed": [[3.0] * 3] * 2,
+        "whole": [1],
+        "first": [[1.0] * 3] * 2,
+        "equal": None,
+        "unequal": "it on rank 1 is not that of rank 0",
+        "ill": "rank 1: TaskError: one of us is ill",
+    }
+
+
+def test_alone_nothing_happens():
+    tree = {"a": mx.ones(2)}
+    assert distributed.everybody(1) == [1] and distributed.summed(tree) is tree
+    assert distributed.mine([1, 2]) == [1, 2] and distributed.leads()
+
+
+def metrics(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k not in TIMES} for x in lines]
+
+
+@pytest.mark.parametrize("loops", ["epochs: 1", "epochs: 2, minibatches: 2"])
+def test_two_processes_are_one(tmp_path, run_cli, loops):
+    """Three prompts, two ranks: one samples two of them. Rank 0 alone leaves a folder."""
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML.replace("LOOPS", loops))
+    done = run_cli("train", path, "--run-dir", tmp_path / "one", "--json")
+    assert done.returncode == 0, done.stderr
+    arguments = ("-m", "mlx_lora", "train", path, "--run-dir", tmp_path / "two", "--json")
+    first, second = together(tmp_path, *arguments)
+    summary, alone = json.loads(first), json.loads(done.stdout)
+    assert second == "" and summary["accuracy_after"] == alone["accuracy_after"]
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [m.keys() for m in one] == [m.keys() for m in two]
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, abs=1e-5, rel=1e-4)
+    pairs = [files.read(tmp_path / name / "adapters")[1] for name in ("one", "two")]
+    start = files.read(tmp_path / "one" / "adapters" / "initial")[1]
+    for name, value in pairs[0].items():
+        np.testing.assert_allclose(np.array(value), np.array(pairs[1][name]), atol=1e-5)
+    assert any(not mx.array_equal(start[k], pairs[0][k]) for k in start), "nothing was learnt"
+
+
+def test_a_stopped_run_goes_on_together(tmp_path, run_cli):
+    """Rank 1 has no checkpoint on its disk: it is told where rank 0 stands."""
+    path, folder = tmp_path / "run.yaml", tmp_path / "run"
+    path.write_text(YAML.replace("LOOPS", "epochs: 1"))
+    assert run_cli("train", path, "--run-dir", folder).returncode == 0
+    whole = metrics(folder)
+    status = folder / "status.json"
+    status.write_text(status.read_text().replace("finished", "running"))
+    together(tmp_path, "-m", "mlx_lora", "train", path, "--run-dir", folder, "--resume")
+    for a, b in zip(whole, metrics(folder), strict=True):
+        assert a == pytest.approx(b, abs=1e-5, rel=1e-4)
+
+
+def test_methods_for_one_machine_are_refused_on_two(tmp_path):
+    path = tmp_path / "sft.yaml"
+    path.write_text("model: demo\nmethod: sft\ndata: none.jsonl\niters: 1\n")
+    with pytest.raises(AssertionError, match="runs on one machine"):
+        together(tmp_path, "-m", "mlx_lora", "train", path, "--run-dir", tmp_path / "run")
