@@ -117,12 +117,12 @@ def _picked(layer: Any, row_of_B: mx.array, rows: int) -> Any:
 
 def lean(layer: Any) -> Any:
     """The same cache without the room ahead of its tokens, of which every copy is a waste."""
-    layer = copy.copy(layer)
+    kept: Any = copy.copy(layer)
     if isinstance(layer, KVCache | BatchKVCache) and not layer.empty():
         tokens = layer.size()
-        layer.step = GROWTH
-        layer.keys, layer.values = layer.keys[..., :tokens, :], layer.values[..., :tokens, :]
-    return layer
+        kept.step = GROWTH
+        kept.keys, kept.values = kept.keys[..., :tokens, :], kept.values[..., :tokens, :]
+    return kept
 
 
 def each_array(value: Any, function: Callable[[mx.array], mx.array]) -> Any:
@@ -207,9 +207,9 @@ def agrees(model: nn.Module, prompts: Sequence[Sequence[int]]) -> bool:
         alone = mx.concatenate([probed(model, [prompt]) for prompt in prompts])
         limit = AGREE[alone.dtype]
         a_K, b_K = (np.array(x.astype(mx.float32)).ravel() for x in (together, alone))
-        real_K = a_K != b_K  # some models give tokens that they never write minus infinity
+        real_K = a_K != b_K  # equal ones may be minus infinity, of tokens that are never written
         spread = np.std(b_K[np.isfinite(b_K)])
-        return bool(np.all(np.abs(a_K - b_K)[real_K] < limit * spread))
+        return bool(np.all(np.abs(a_K[real_K] - b_K[real_K]) < limit * spread))
     except Exception:  # whatever a model says about a batch that it does not take
         return False
 

@@ -14,6 +14,7 @@ import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_lora.models import dense_weight, in_dims
+from mlx_lora.recompute import untraced
 
 LINEARS = (nn.Linear, nn.QuantizedLinear)
 
@@ -32,8 +33,7 @@ def dense(layer: Any) -> mx.array:
     """The float32 weight [O, I] of a frozen layer, made once and kept outside its parameters."""
     if "_dense" not in layer.__dict__:
         weight = dense_weight(layer) if "scales" in layer else layer.weight
-        mx.eval(weight)
-        layer.__dict__["_dense"] = weight
+        layer.__dict__["_dense"] = untraced(weight)  # no trace in progress may hold what made it
     return layer.__dict__["_dense"]
 
 
@@ -116,19 +116,28 @@ def token_scores(logits_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx
     return mx.array(logps_N), mx.array(entropy_N), mx.array(e_NV)
 
 
-@mx.custom_function
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gate · sigmoid(gate) · up, differentiable in both."""
-    g = view(gate)
-    return mx.array(g * sigmoid(g) * view(up))
+def swiglu(gate: mx.array, up: mx.array) -> Any:
+    """gate · sigmoid(gate) · up, differentiable in both.
 
+    The way back is left to MLX: what NumPy makes inside a trace stays until the trace ends.
+    """
+    kept: dict[str, mx.array] = {}
 
-@swiglu.vjp
-def swiglu_vjp(primals, cotangent, output):
-    gate, up = (view(x) for x in primals)
-    s = sigmoid(gate)
-    bar = view(cotangent)
-    return mx.array(bar * up * s * (1 + gate * (1 - s))), mx.array(bar * gate * s)
+    @mx.custom_function
+    def product(gate, up):
+        y = sigmoid(view(gate))
+        kept["s"] = mx.array(y)
+        y *= view(gate)
+        y *= view(up)
+        return mx.array(y)
+
+    @product.vjp
+    def product_vjp(primals, cotangent, output):
+        gate, up = primals
+        scaled, s = cotangent * kept["s"], kept["s"]
+        return scaled * up * (1 + gate * (1 - s)), scaled * gate
+
+    return product(gate, up)
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

@@ -36,10 +36,12 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     console.print(f"{summary['seconds']:.0f} s. Everything is in {folder}:", markup=False)
     contents = {
         "adapters/": "the adapter, in mlx-lm's format",
+        "adapters/best/": "that of the best evaluation",
         "base/": "the quantized base that it belongs to",
         "stages/": "each stage: metrics, samples, its adapter",
         "metrics.jsonl": "every step",
         "training.png": "  as a picture",
+        "evals.jsonl": "evaluations on the way",
         "samples.jsonl": "what the model wrote on the way",
         "spectrum.json": "what the adapter is, and in pictures:",
         "singular_values.png": "  how many directions it uses",

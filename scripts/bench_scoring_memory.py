@@ -1,10 +1,11 @@
 """What do scoring and its gradient hold in memory, and what does the plain form hold and cost?
 
 A random 4-bit Qwen3 of 4 layers and width 128 with a tied head, prompt of 400 tokens. Ours: the
-completion's tokens meet the vocabulary a chunk at a time. Plain: all logits of prompt and completion
-in float32. Both score and differentiate the same row in one process; peaks are above what is
-resident before (weights, and the dense copy of them that the CPU's fast paths keep). NumPy's own
-arrays, which MLX does not count, are counted beside. Writes figures/scoring_memory.json and .png.
+completion's tokens meet the vocabulary a chunk at a time (`recomputed`: with grad_checkpoint too).
+Plain: all logits of prompt and completion in float32. All score and differentiate the same row in
+one process; peaks are above what is resident before (weights, and the dense copy of them that the
+CPU's fast paths keep). NumPy's own arrays, which MLX does not count, are counted beside. Writes
+figures/scoring_memory.json and .png.
 """
 
 import argparse
@@ -21,6 +22,7 @@ OUT = Path(__file__).resolve().parents[1] / "figures/scoring_memory.json"
 SHAPES = ((1_024, 100), (16_384, 100), (151_936, 50), (151_936, 100), (151_936, 200))
 PATHS = ("openblas", "numpy", "plain")
 PROMPT = 400
+LABELS = {"plain": "all logits", "ours": "ours", "recomputed": "ours, grad_checkpoint"}
 LIMIT_MB, PEER_MB = 200, 1053  # asked for at V 151,936 and 100 tokens; a peer's peak there
 
 
@@ -56,14 +58,14 @@ def main() -> None:
 
 def measured(vocabulary: int, tokens: int, repeats: int) -> dict[str, Any]:
     """Peaks in MB, median seconds, and the largest difference of gradients, of both forms."""
-    import mlx_lora  # noqa: F401  (chooses the CPU path before MLX is imported)
+    from mlx_lora import cpu  # isort: skip  (chooses the CPU path before MLX is imported)
     import mlx.core as mx
     import mlx.nn as nn
     import numpy as np
     from mlx.utils import tree_flatten
 
-    from mlx_lora import cpu
-    from mlx_lora.adapter.attach import attach
+    from mlx_lora.adapter.attach import attach, blocks
+    from mlx_lora.recompute import recomputing
     from mlx_lora.rl.logprobs import completion_logps, pack
     from mlx_lora.types import Rollout
 
@@ -85,21 +87,27 @@ def measured(vocabulary: int, tokens: int, repeats: int) -> dict[str, Any]:
         at_L1 = ids_1L[0, 1:, None]
         return (mx.take_along_axis(logps_LV, at_L1, axis=-1)[-tokens:, 0] * weight_T).sum()
 
+    mx.eval(model(ids_1L[:, :2]))  # the dense copies are made at first use
     found: dict[str, Any] = {"path": cpu.mode(), "vocabulary": vocabulary, "tokens": tokens}
+    found |= {"weights_mb": mx.get_active_memory() / 1e6, "packed_mb": packed_mb}
     grads = {}
-    for name, objective in (("ours", ours), ("plain", plain)):
-        step = nn.value_and_grad(model, objective)
-        mx.eval(step(model))  # the dense copies are made at first use
-        found["weights_mb"], found["packed_mb"] = mx.get_active_memory() / 1e6, packed_mb
-        (value, grads[name]), seconds = timed(lambda step=step: step(model), repeats)
-        found |= {f"{name}_{k}": v for k, v in peaks(lambda step=step: step(model)).items()}
+    for name, objective in (("ours", ours), ("recomputed", ours), ("plain", plain)):
+
+        def step(objective: Any = objective, on: bool = name == "recomputed") -> Any:
+            with recomputing(blocks(model), on=on):
+                return nn.value_and_grad(model, objective)(model)
+
+        (_, grads[name]), seconds = timed(step, repeats)
+        found |= {f"{name}_{k}": v for k, v in peaks(step).items()}
         found[f"{name}_seconds"] = seconds
-        del value
-    found["times_ours_over_plain"] = found["ours_seconds"] / found["plain_seconds"]
-    pairs = zip(*(tree_flatten(grads[n]) for n in ("ours", "plain")), strict=True)
-    pairs = [(np.array(a), np.array(b)) for (_, a), (_, b) in pairs]
-    largest = max(float(np.abs(b).max()) for _, b in pairs)
-    found["gradient_error"] = max(float(np.abs(a - b).max()) for a, b in pairs) / largest
+    found["time_over_plain"] = found["ours_seconds"] / found["plain_seconds"]
+    flat = {name: [np.array(g) for _, g in tree_flatten(grads[name])] for name in grads}
+    largest = max(float(np.abs(g).max()) for g in flat["plain"])
+    for name in ("ours", "recomputed"):
+        pairs = zip(flat[name], flat["plain"], strict=True)
+        found[f"{name}_gradient_error"] = (
+            max(float(np.abs(a - b).max()) for a, b in pairs) / largest
+        )
     return found
 
 
@@ -175,13 +183,19 @@ def draw(rows: list[dict[str, Any]]) -> None:
     axes = figure.subplots()
     names = [f"{r['path']}, V {r['vocabulary']:,}, {r['tokens']} tokens" for r in rows]
     for place, row in enumerate(rows):
-        axes.barh(place + 0.2, row["plain_peak_mb"], 0.4, color="lightgrey")
-        axes.barh(place - 0.2, row["ours_peak_mb"], 0.4, color="steelblue")
+        for offset, name, colour in (
+            (0.27, "plain", "lightgrey"),
+            (0, "ours", "steelblue"),
+            (-0.27, "recomputed", "navy"),
+        ):
+            label = LABELS[name] if place == 0 else None
+            axes.barh(place + offset, row[f"{name}_peak_mb"], 0.27, color=colour, label=label)
     axes.axvline(LIMIT_MB, color="black", linestyle=":", linewidth=1)
     axes.axvline(PEER_MB, color="firebrick", linestyle=":", linewidth=1)
     axes.set_yticks(range(len(rows)), names, fontsize=7)
     axes.set_xscale("log")
-    axes.set_xlabel("peak MB over weights: ours (blue), all logits at once (grey); peer (red)")
+    axes.set_xlabel("peak MB over weights; dotted: asked for (black), a peer (red)")
+    axes.legend(fontsize=7)
     axes.set_title("Scoring and gradient of one sequence, prompt 400", loc="left")
     figure.savefig(OUT.with_suffix(".png"))
 

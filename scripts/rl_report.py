@@ -215,17 +215,20 @@ def draw_ratios(axes: Any, found: dict[str, Any]) -> None:
             if goal:
                 axes.plot([goal, goal], [y - 0.45, y + 0.45], color="black", ls=style, lw=1.5)
     names = [
-        f"{'step' if name in STEPS else 'rollout'} {what}\n{WORDS[(STEPS | ROLLOUTS)[name]]}"
+        f"{'step' if name in STEPS else 'rollout'}, {what.replace('x', ' × ')}\n"
+        f"{WORDS[(STEPS | ROLLOUTS)[name]]}"
         for name, what, _ in bars
     ]
     axes.set_yticks(range(len(bars)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(1, 2 * max([value for *_, value in bars], default=50))
-    axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+    axes.set_xlim(0.7, 1.6 * max([35, *(value for *_, value in bars)]))
+    ticks = [1, 2, 5, 10, 20, 50]
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.axvline(1, color="grey", lw=0.8)
     axes.minorticks_off()
-    axes.set_title("Times slower: mlx-lm-lora's step, mlx-lm's rollout", loc="left", fontsize=10)
-    axes.set_xlabel("their time / ours; line: wanted, dotted: stretch", fontsize=9)
+    axes.set_title("mlx-lm-lora's step and mlx-lm's rollout over ours", loc="left", fontsize=10)
+    axes.set_xlabel("their time / our time (line: wanted, dots: stretch)")
 
 
 def draw_rates(axes: Any, found: dict[str, Any]) -> None:
@@ -235,7 +238,8 @@ def draw_rates(axes: Any, found: dict[str, Any]) -> None:
             values = [rate[side] for rate in points.values()]
             label = WORDS[case] if side == "ours" else None
             axes.plot(list(points), values, style, color=COLOURS[case], label=label)
-    axes.set_title("Rollout: ours (lines), batch_generate (dashes)", loc="left", fontsize=10)
+    title = "Rollouts: ours (lines), batch_generate (dashes)"
+    axes.set_title(title, loc="left", fontsize=10)
     logarithmic(axes, "rows", "tokens / s")
 
 
@@ -252,7 +256,9 @@ def draw_growth(axes: Any, found: dict[str, Any], kind: str) -> None:
 
 
 def logarithmic(axes: Any, x: str, y: str) -> None:
-    """Both axes, with plain numbers at every power of two."""
+    """Both axes, with plain numbers: x at what was measured."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     lines = axes.get_lines()
     if not lines:
         return
@@ -260,6 +266,8 @@ def logarithmic(axes: Any, x: str, y: str) -> None:
     axes.set_yscale("log")
     ticks = sorted({int(at) for line in lines for at in line.get_xdata()})
     axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:,g}")
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlx_lora import cpu
 from mlx_lora.numerics import token_scores
 from mlx_lora.recompute import untraced
 
-CHUNK_BYTES = 32 << 20  # of float32 logits; smaller ones are slower, larger ones only larger
+# of float32 logits: on a CPU smaller ones cost no time; a GPU wants many rows at once
+CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 64 << 20}
 Head = Callable[[mx.array], mx.array]  # hidden [N, D] -> logits [N, V]
 
 
@@ -46,12 +48,8 @@ def score_tokens(
 
 
 def rows_of_a_chunk(vocabulary: int) -> int:
-    """Tokens whose float32 logits fill CHUNK_BYTES.
-
-    >>> rows_of_a_chunk(151_936), rows_of_a_chunk(1024)
-    (55, 8192)
-    """
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+    """Tokens whose float32 logits fill CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES["cpu" if cpu.active() else "gpu"] // (4 * vocabulary))
 
 
 def chunk(
