@@ -118,6 +118,7 @@ def accelerate(model: Any) -> int:
     import mlx.core as mx
     import mlx.nn as nn
 
+    from mlx_lora.cpu_attention import hasten_attention
     from mlx_lora.cpu_layers import hasten_mlp
 
     layers = [m for _, m in model.named_modules() if type(m) in fast_classes()]
@@ -129,7 +130,9 @@ def accelerate(model: Any) -> int:
     for layer in layers:
         layer.__class__ = fast_classes()[type(layer)]
     gated = [m for _, m in model.named_modules() if "gate_proj" in m]
-    return len(layers) + sum(hasten_mlp(m) for m in gated)
+    attentive = [m for _, m in model.named_modules() if "q_proj" in m]
+    hastened = [*map(hasten_mlp, gated), *map(hasten_attention, attentive)]
+    return len(layers) + sum(hastened)
 
 
 def memory_bytes() -> int:

@@ -5,7 +5,7 @@ import copy
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lora import cpu
@@ -86,6 +85,7 @@ def load(
             f"the model in {folder} does not load: {error}",
             "Are all its files complete? Try `python -m mlx_lm generate --model` on it.",
         ) from error
+    refuse_ends(eos_ids(tokenizer), config, folder)
     if cpu.active():
         model.set_dtype(mx.float32)
     quantized_here = bool(quantize and quantize.get("bits")) and "quantization" not in config
@@ -96,6 +96,21 @@ def load(
     cpu.accelerate(model)
     mx.eval(model.parameters())
     return Loaded(model, tokenizer, config, name, folder, quantized_here)
+
+
+def refuse_ends(eos: Iterable[int], config: Mapping[str, Any], folder: Path) -> None:
+    """ModelError where a text ends with a token that the model has no embedding for.
+
+    Such an id reads and writes past the end of the table: MLX does not check it.
+    """
+    text: Mapping[str, Any] = config.get("text_config") or config
+    size = text.get("vocab_size")
+    beyond = sorted(i for i in eos if size is not None and i >= size)
+    if beyond:
+        raise ModelError(
+            f"the model in {folder} ends texts with token {beyond[0]}, and has only {size} tokens",
+            "Correct eos_token_id in config.json (and generation_config.json), or the tokenizer.",
+        )
 
 
 def lazy_layers(name: str) -> dict[str, Any]:
@@ -249,52 +264,6 @@ def pad_right(rows: Sequence[Sequence[int]], filler: int = 0) -> tuple[mx.array,
     ids = mx.array([list(r) + [filler] * (width - len(r)) for r in rows])
     mask = mx.array([[1.0] * len(r) + [0.0] * (width - len(r)) for r in rows])
     return ids, mask
-
-
-def identity(loaded: Loaded) -> dict[str, Any]:
-    """What an adapter records about its base."""
-    quantization = loaded.config.get("quantization")
-    return {
-        "model": loaded.name,
-        "model_type": loaded.config.get("model_type"),
-        "quantization": {
-            k: quantization[k] for k in ("bits", "group_size", "mode") if k in quantization
-        }
-        if quantization
-        else None,
-        "sketch": sketch(loaded.model),
-    }
-
-
-def sketch(model: nn.Module) -> list[float]:
-    """Some numbers by which a base is known again at any quantization, without an adapter on it.
-
-    Of a few layers, a few random signed sums over some rows, in units of what chance gives.
-    """
-    names = {name.removesuffix(".linear"): m for name, m in model.named_modules() if is_matrix(m)}
-    chosen = [sorted(names)[i * len(names) // SKETCHED] for i in range(SKETCHED)] if names else []
-    found: list[float] = []
-    for index, name in enumerate(chosen):
-        w = np.array(dense_weight(names[name], slice(SKETCH_ROWS)), np.float64)
-        signs = np.random.default_rng(index).choice([-1.0, 1.0], (SKETCH_SUMS, *w.shape))
-        sums = (signs * w).sum(axis=(1, 2)) / max(float(np.linalg.norm(w)), 1e-30)
-        found += [round(float(x), 4) for x in sums]
-    return found
-
-
-SKETCHED, SKETCH_ROWS, SKETCH_SUMS = 8, 16, 4
-SAME_BASE = 0.7  # correlation of two sketches: above 0.95 across bits, about 0 for another model
-
-
-def is_matrix(module: Any) -> bool:
-    return isinstance(module, nn.Linear | nn.QuantizedLinear)
-
-
-def same_base(recorded: Sequence[float], found: Sequence[float]) -> bool:
-    """Whether two sketches are of one base, at whatever quantization."""
-    if len(recorded) != len(found) or not found:
-        return False
-    return float(np.corrcoef(recorded, found)[0, 1]) > SAME_BASE
 
 
 def read_json(path: Path) -> Any:

@@ -1,20 +1,25 @@
 """`train --dry-run`: everything validated, a step of each stage tried, and what a run will cost."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 from rich.console import Console
 
-from mlx_lora import sft
+from mlx_lora import models, sft
+from mlx_lora.adapter.attach import blocks
 from mlx_lora.config import Experiment, Stage
 from mlx_lora.data import files_of, rows_of, training_texts
+from mlx_lora.errors import ModelError
 from mlx_lora.experiment import task_name, validated
-from mlx_lora.models import Loaded
+from mlx_lora.memory import told
+from mlx_lora.models import Loaded, encode_prompt
 from mlx_lora.optimizers import optimizer_of
 from mlx_lora.prepare import attach, load
+from mlx_lora.recompute import recomputing
 from mlx_lora.rl.grpo import problems
 from mlx_lora.rl.learner import gradients, trainable_count
 from mlx_lora.rl.logprobs import pack
@@ -28,20 +33,79 @@ Result = TypeVar("Result")
 
 
 def plan(experiment: Experiment, console: Console) -> dict[str, Any]:
-    """Counts from the config, time and memory from one step tried. Writes nothing."""
+    """Counts and memory from the config, time from one step tried. Writes nothing.
+
+    Where the weights are not there, config.json is enough for the counts and the memory.
+    """
     tasks = validated(experiment, console)
-    loaded = load(experiment.first)
-    attach(loaded, experiment)
+    config, here = description(experiment.first.model)
     about = {
         "model": experiment.first.model,
         "task": task_name(experiment),
-        "trainable_parameters": trainable_count(loaded.model),
+        "tried": here,
     }
-    costs = [cost(loaded, e, task) for e, task in zip(experiment.loops, tasks, strict=True)]
+    if here:
+        loaded = load(experiment.first)
+        attach(loaded, experiment)
+        about["trainable_parameters"] = trainable_count(loaded.model)
+    else:
+        loaded = None
+    costs = [
+        (cost(loaded, e, task) if loaded else counts(e)) | memory(config, loaded, e, task)
+        for e, task in zip(experiment.loops, tasks, strict=True)
+    ]
     if not experiment.stages:
         return about | costs[0]
     stages = [{"method": e.method} | c for e, c in zip(experiment.loops, costs, strict=True)]
-    return about | {"minutes": round(sum(c["minutes"] for c in costs), 1), "stages": stages}
+    minutes = {"minutes": round(sum(c["minutes"] for c in costs), 1)} if loaded else {}
+    return about | minutes | {"stages": stages}
+
+
+def description(name: str) -> tuple[dict[str, Any], bool]:
+    """A model's config.json, and whether its weights are on this machine too."""
+    if name == models.DEMO or Path(name).expanduser().exists() or name.count("/") != 1:
+        folder = models.resolve(name)
+    else:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            folder = Path(hf_hub_download(name, "config.json")).parent
+        except Exception as error:
+            raise ModelError(
+                f"{name} is neither a local folder nor could its config.json be fetched: {error}",
+                "Check the name and the network, or give a folder with config.json.",
+            ) from error
+    return models.read_json(folder / "config.json"), any(folder.glob("model*.safetensors"))
+
+
+def memory(
+    config: Mapping[str, Any], loaded: Loaded | None, e: Stage, task: Task | None
+) -> dict[str, Any]:
+    """What RL will take, foretold; nothing for SFT."""
+    if not e.is_rl or task is None:
+        return {}
+    prompts = [s.prompt for s in problems(task, e.batch_size, e.seed)]
+    lengths = [
+        len(encode_prompt(loaded.tokenizer, p)) if loaded else guessed_length(p) for p in prompts
+    ]
+    try:
+        return told(config, e, max(lengths))
+    except ModelError as error:
+        return {"memory_advice": [str(error)]}
+
+
+def guessed_length(prompt: Any) -> int:
+    """Tokens of a prompt without its tokenizer: one for every three characters."""
+    text = prompt if isinstance(prompt, str) else "".join(content for _, content in prompt)
+    return len(text) // 3 + 16
+
+
+def counts(e: Stage) -> dict[str, Any]:
+    """What the config alone says."""
+    if not e.is_rl:
+        return {"steps": e.iters}
+    rollouts = e.batch_size * e.grpo.group_size
+    return {"steps": e.iters, "rollouts_per_step": rollouts, "rollouts": rollouts * e.iters}
 
 
 def cost(loaded: Loaded, e: Stage, task: Task | None) -> dict[str, Any]:
@@ -60,7 +124,8 @@ def cost_of_grpo(loaded: Loaded, e: Stage, task: Task) -> dict[str, Any]:
     groups, sampled = sampling(loaded, task, samples, e, e.grpo.group_size, e.rollout.temperature)
     rows = [r for g in groups for r in g.rollouts]
     packed = pack(rows, np.ones(len(rows)))
-    _, learnt = timed(lambda: gradients(loaded.model, packed, rule_of(e)))
+    with recomputing(blocks(loaded.model), on=e.grad_checkpoint):
+        _, learnt = timed(lambda: gradients(loaded.model, packed, rule_of(e)))
     tokens = sum(len(r.ids) for r in rows)
     return {
         "steps": e.iters,

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from mlx_lora import distributed, models
+from mlx_lora import bases, distributed, models
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
 from mlx_lora.adapter.inits import REBASING, label
@@ -97,9 +97,9 @@ def refuse_other_bases(loaded: Loaded) -> None:
     """RunError unless all machines have loaded the same weights at the same quantization."""
     if distributed.size() == 1:
         return
-    first, *others = distributed.everybody(models.identity(loaded))
+    first, *others = distributed.everybody(bases.identity(loaded))
     for number, other in enumerate(others, start=1):
-        alike = models.same_base(first["sketch"], other["sketch"])
+        alike = bases.same_base(first["sketch"], other["sketch"])
         if not alike or first["quantization"] != other["quantization"]:
             raise RunError(
                 f"rank {number} has loaded another model than rank 0",
@@ -117,7 +117,7 @@ def attach(
     e = experiment.first
     if e.resume_adapter_file is not None:
         config = files.load(loaded.model, files.folder_of(e.resume_adapter_file))
-        return config | {"base": models.identity(loaded)}, "healthy", config.get("base")
+        return config | {"base": bases.identity(loaded)}, "healthy", config.get("base")
     lora = e.lora_parameters
     config = attaching.attach(
         loaded,
@@ -133,7 +133,7 @@ def attach(
         rows=attaching.calibration_rows(e),
     )
     loaded.model.eval()  # new layers drop inputs until they are told not to
-    return config | {"base": models.identity(loaded)}, "same", None
+    return config | {"base": bases.identity(loaded)}, "same", None
 
 
 def check_again(prepared: Prepared, log: RunLog, clock: Clock, console: Console) -> gate.Report:

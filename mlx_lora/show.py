@@ -126,6 +126,7 @@ def print_plan(found: Mapping[str, Any]) -> None:
     for title, part in titled:
         table = Table(box=box.SIMPLE, show_header=False, title=title, title_justify="left")
         for key, value in part.items():
-            text = f"{value:,}" if isinstance(value, int | float) else str(value)
-            table.add_row(key.replace("_", " "), text)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            said = "\n".join(value) if isinstance(value, list) else str(value)
+            table.add_row(key.replace("_", " "), f"{value:,}" if number else escape(said))
         out().print(table)

@@ -245,10 +245,10 @@ def peer_python(folder: Path) -> Path:
     if ROOT in folder.resolve().parents:
         raise SystemExit(f"{folder} is inside this repository: give another --peer-env")
     if not python.exists():
-        mlx = "mlx[cpu]" if sys.platform.startswith("linux") else "mlx"
-        wanted = [PEER, f"{mlx}=={version('mlx')}", f"mlx-lm=={version('mlx-lm')}"]
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *wanted], check=True)
+    mlx = "mlx[cpu]" if sys.platform.startswith("linux") else "mlx"
+    wanted = [PEER, f"{mlx}=={version('mlx')}", f"mlx-lm=={version('mlx-lm')}"]
+    subprocess.run([str(python), "-m", "pip", "install", "-q", *wanted], check=True)
     return python
 
 

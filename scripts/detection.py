@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora import config, models
+from mlx_lora import bases, config, models
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, lora_layers
 from mlx_lora.adapter.tensors import digest
@@ -78,7 +78,7 @@ def train(folder: Path, seed: int) -> Path:
     steps = grpo.train(loaded, load_task("countdown"), e, optimizer_of(e), Clock(), lambda *_: None)
     for _ in steps:
         pass
-    files.save(loaded.model, adapter | {"base": models.identity(loaded)}, folder)
+    files.save(loaded.model, adapter | {"base": bases.identity(loaded)}, folder)
     return folder
 
 

@@ -1,12 +1,13 @@
 """The check: harmless starts pass, known-bad ones do not, every gate can speak both ways."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
-from mlx_lora import models
+from mlx_lora import bases, models
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, lora_layers
 from mlx_lora.check import gate, probes
@@ -249,23 +250,33 @@ def test_messages_need_a_chat_template_and_plain_prompts_do_not(tmp_path):
     assert report.verdict == "pass" and not report.measured.chat_template
 
 
+def test_a_model_that_ends_texts_with_a_token_it_lacks_does_not_load(tmp_path):
+    """MLX does not check ids: one past the table reads, and in a gradient writes, other memory."""
+    folder = tmp_path / "model"
+    shutil.copytree(models.DEMO_FOLDER, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 5000}))
+    with pytest.raises(ModelError, match="ends texts with token 5000"):
+        models.load(str(folder))
+
+
 def test_a_base_is_known_again_at_any_quantization_and_no_other_is():
-    sketches = {bits: models.sketch(demo(quantize={"bits": bits}).model) for bits in (2, 3, 4, 8)}
-    assert all(models.same_base(sketches[4], s) for s in sketches.values())
+    sketches = {bits: bases.sketch(demo(quantize={"bits": bits}).model) for bits in (2, 3, 4, 8)}
+    assert all(bases.same_base(sketches[4], s) for s in sketches.values())
     other = demo()
     attach(other.model)
-    assert models.same_base(sketches[4], models.sketch(other.model)), "an adapter is not the base"
+    assert bases.same_base(sketches[4], bases.sketch(other.model)), "an adapter is not the base"
     for name, m in other.model.named_modules():
         if name.endswith(".linear"):
             m.weight = mx.random.permutation(m.weight, key=mx.random.key(1))
-    assert not models.same_base(sketches[4], models.sketch(other.model))
-    assert not models.same_base([], sketches[4])
+    assert not bases.same_base(sketches[4], bases.sketch(other.model))
+    assert not bases.same_base([], sketches[4])
 
 
 def test_an_adapter_of_another_base_is_a_failure(tmp_path):
     loaded = demo()
     config = attach(loaded, init="gaussian", init_options={"std": 0.02})
-    base = models.identity(loaded)
+    base = bases.identity(loaded)
     files.save(loaded.model, config | {"base": base}, tmp_path / "own")
     assert gate.check(demo(), adapter=tmp_path / "own").verdict == "pass"
     base["sketch"] = [-x for x in base["sketch"]]

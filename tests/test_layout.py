@@ -20,7 +20,9 @@ LAYERS = [  # each may import from its own row and from those above it
     [
         "cpu",
         "cpu_layers",
+        "cpu_attention",
         "models",
+        "bases",
         "distributed",
         "data",
         "numerics",
@@ -37,7 +39,7 @@ LAYERS = [  # each may import from its own row and from those above it
     ["check", "spectral"],
     ["rl", "sft"],
     ["ship"],
-    ["curves", "exam", "prepare", "recorder", "guard", "contest", "unsupported"],
+    ["memory", "curves", "exam", "prepare", "recorder", "guard", "contest", "unsupported"],
     ["experiment", "stages"],
     ["doctor", "listing", "plan", "show", "cli", "__init__", "__main__"],
 ]

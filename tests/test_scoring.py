@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_lora import config, models, sft
-from mlx_lora.adapter.attach import attach, blocks
+from mlx_lora.adapter.attach import attach, blocks, lora_layers
 from mlx_lora.data import Text, training_texts
 from mlx_lora.optimizers import optimizer_of
 from mlx_lora.recompute import recomputing
@@ -23,7 +23,7 @@ from mlx_lora.tasks import load_task
 from mlx_lora.types import Rollout
 from mlx_lora.unsupported import refuse
 from tests import zoo
-from tests.tiny import tiny
+from tests.tiny import COMMON, tiny
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,6 +98,36 @@ def test_chunks_equal_the_plain_form_forward_and_backward(name, rows, monkeypatc
     model, packed = zoo_model(name), pack(rollouts(zoo.VOCABULARY), np.ones(5))
     assert models.split_head(model).body is not model
     found = graded(completion_logps, model, packed, 0.7)
+    same(found, graded(plain_logps, model, packed, 0.7), tolerance=3e-6)
+
+
+SCALED = ["granite", "cohere", "minicpm", "gemma2", "helium", "gemma3n", "talkie"]
+NESTED = ["gpt2", "gpt_neox", "mamba", "nemotron_h", "qwen3_vl", "llama4", "phi3small", "dbrx"]
+
+
+@pytest.mark.parametrize("name", [*SCALED, *NESTED, "phixtral"])
+def test_heads_that_scale_or_nest_split_too(name):
+    """Also on one position a row, as in decoding; phixtral's body wants a mask, and is left."""
+    model = zoo.build(name, 4)
+    split = models.split_head(model)
+    assert (split.body is model) == (name == "phixtral")
+    ids_BT = mx.array([[5, 6, 7], [8, 9, 10]])
+    hidden = split.body(ids_BT, cache=models.new_cache(model))
+    wanted = np.array(model(ids_BT))[:, -1]
+    assert np.allclose(np.array(split.head(hidden[:, -1])), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(("key", "tied"), [("lm_head", False), ("embed_tokens", True)])
+def test_an_adapter_on_the_head_learns(key, tied, monkeypatch):
+    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", dict.fromkeys(("cpu", "gpu"), 4 * 96 * 5))
+    monkeypatch.setitem(COMMON, "tie_word_embeddings", tied)
+    model = tiny("llama", bits=4)
+    attach(model, keys=["q_proj", key], init="gaussian", init_options={"std": 0.1})
+    for layer in lora_layers(model).values():
+        layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(3))
+    packed = pack(rollouts(), np.ones(5))
+    found = graded(completion_logps, model, packed, 0.7)
+    assert all(np.abs(g).max() > 0 for g in found[2].values())
     same(found, graded(plain_logps, model, packed, 0.7), tolerance=3e-6)
 
 

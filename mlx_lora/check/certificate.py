@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_lora import models
+from mlx_lora import bases, models
 from mlx_lora.adapter import files
 from mlx_lora.check.gate import Report
 from mlx_lora.check.machine import machine
@@ -82,7 +82,7 @@ def base(loaded: Loaded) -> dict[str, Any]:
     folder = loaded.folder.resolve()
     revision = folder.name if is_snapshot(folder) else None
     weights = sorted(folder.glob("*.safetensors"))
-    about = models.identity(loaded)
+    about = bases.identity(loaded)
     return {
         "model": about["model"],
         "revision": revision,
@@ -256,7 +256,7 @@ def certify(loaded: Loaded, report: Report, adapter: Path | None, out: Path | No
     assert out is not None and report.config is not None
     if why := refusal(report):
         return replace(report, certificate=refused(why, ". Nothing was saved"))
-    config = {**report.config, "base": models.identity(loaded)}
+    config = {**report.config, "base": bases.identity(loaded)}
     try:
         files.save(loaded.model, config, out)
     except OSError as error:

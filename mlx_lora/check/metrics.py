@@ -10,12 +10,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.adapter.attach import lora_layers
+from mlx_lora.bases import same_base, sketch
 from mlx_lora.check.adapters import dropout_of, largest_update, moves_outputs
 from mlx_lora.check.probes import Probes
 from mlx_lora.check.reading import Reading, intervals, read_both
 from mlx_lora.check.sides import Side, same_prompts
 from mlx_lora.check.writing import SamplePair, write_both
-from mlx_lora.models import same_base, sketch, vocabulary_size
+from mlx_lora.models import vocabulary_size
 
 
 @dataclass(frozen=True)

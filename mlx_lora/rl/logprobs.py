@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
-from mlx_lora.adapter.attach import reference
+from mlx_lora.adapter.attach import blocks, reference
 from mlx_lora.caches import company, prefill
 from mlx_lora.models import pad_right, plain_cache, split_head, vocabulary_size
 from mlx_lora.numerics import entropy, log_softmax
 from mlx_lora.recompute import recomputed
-from mlx_lora.rl.vocabulary import rows_of_a_chunk, score_tokens
+from mlx_lora.rl.vocabulary import rows_of_a_chunk, score_and_recompute, score_tokens
 from mlx_lora.types import Rollout
 
 
@@ -85,16 +86,23 @@ def completion_logps(
     hidden = completion_hidden if forks(model, packed) else completion_hidden_in_full
     hidden_BTD = hidden(model, packed)
     at_N, place_BT = real_tokens(packed.mask_BT)
-    scores = score_tokens(
-        split.head,
-        hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[at_N],
-        packed.targets_BT.reshape(-1)[at_N],
-        temperature,
-        vocabulary_size(model),
-        gradient=gradient,
-    )
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[at_N]
+    targets_N = packed.targets_BT.reshape(-1)[at_N]
+    if learns_outside_blocks(model):
+        scores = score_and_recompute(model, split.head, hidden_ND, targets_N, temperature)
+    else:
+        size = vocabulary_size(model)
+        scores = score_tokens(
+            split.head, hidden_ND, targets_N, temperature, size, gradient=gradient
+        )
     logps_BT, entropy_BT = (mx.pad(x_N, (0, 1))[place_BT] for x_N in scores)
     return logps_BT, entropy_BT
+
+
+def learns_outside_blocks(model: nn.Module) -> bool:
+    """Whether an adapter sits on the head, or on an embedding that may be the head too."""
+    inside = {id(x) for b in blocks(model) for _, x in tree_flatten(b.trainable_parameters())}
+    return any(id(x) not in inside for _, x in tree_flatten(model.trainable_parameters()))
 
 
 def forks(model: nn.Module, packed: Packed) -> bool:

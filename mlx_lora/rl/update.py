@@ -9,7 +9,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-
 from mlx.utils import tree_map
 
 from mlx_lora import distributed

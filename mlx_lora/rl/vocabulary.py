@@ -8,10 +8,12 @@ of them than one chunk, and nothing is computed twice.
 from collections.abc import Callable
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_lora import cpu
-from mlx_lora.numerics import token_scores
-from mlx_lora.recompute import untraced
+from mlx_lora.models import vocabulary_size
+from mlx_lora.numerics import entropy, log_softmax, token_scores
+from mlx_lora.recompute import recomputed, untraced
 
 # of float32 logits: on a CPU smaller ones cost no time; a GPU wants many rows at once
 CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 64 << 20}
@@ -29,8 +31,8 @@ def score_tokens(
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities [N] of the targets and entropies [N] there, in nats.
 
-    Differentiable in `hidden_ND` through the log-probabilities, unless told that nobody asks. What
-    trains inside the head itself gets no gradient.
+    Differentiable in `hidden_ND` through the log-probabilities, unless told that nobody asks; not
+    in what learns inside the head.
     """
     still_ND, rows = mx.stop_gradient(hidden_ND), rows_of_a_chunk(vocabulary)
     found: list[tuple[mx.array, ...]] = []
@@ -44,6 +46,25 @@ def score_tokens(
     logps_N, entropy_N, *slopes = (mx.concatenate(parts) for parts in zip(*found, strict=True))
     if slopes:  # zero in value, and its gradient is the slope
         logps_N = logps_N + ((hidden_ND - still_ND) * slopes[0]).sum(axis=-1)
+    return logps_N, entropy_N
+
+
+def score_and_recompute(
+    model: nn.Module, head: Head, hidden_ND: mx.array, targets_N: mx.array, temperature: float
+) -> tuple[mx.array, mx.array]:
+    """The same where the head itself learns: its chunks are made again on the way back."""
+
+    def scored(hidden_ND: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array]:
+        logps_NV = log_softmax(head(hidden_ND).astype(mx.float32) / temperature)
+        logps_N1 = mx.take_along_axis(logps_NV, targets_N[:, None], axis=-1)
+        return logps_N1[:, 0], entropy(logps_NV)
+
+    rows = rows_of_a_chunk(vocabulary_size(model))
+    found = [
+        recomputed(model, scored, hidden_ND[start : start + rows], targets_N[start : start + rows])
+        for start in range(0, len(targets_N), rows)
+    ]
+    logps_N, entropy_N = (mx.concatenate(parts) for parts in zip(*found, strict=True))
     return logps_N, entropy_N
 
 

@@ -1,0 +1,128 @@
+"""Attention on the CPU fast path: batched products of small matrices, by NumPy (see cpu.py).
+
+MLX's own takes three to eight times as long there. Only float32 without sinks goes this way, and
+only inside the attention layers of a model that was accelerated; everything else is MLX's.
+"""
+
+from contextvars import ContextVar
+from functools import cache, lru_cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_lora.cpu_layers import LINEARS, view
+
+KEPT = 1 << 24  # bytes of probabilities kept for the way back; more are made again
+LEAST = np.finfo(np.float32).min  # of a masked score, as in MLX: a row without a key is uniform
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+inside: ContextVar[bool] = ContextVar("inside", default=False)  # an accelerated layer is computing
+stock = mx.fast.scaled_dot_product_attention
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
+    """Stands in for mx.fast.scaled_dot_product_attention, with its arguments."""
+    mask = options.get("mask")
+    known = mask is None or mask == "causal" if not isinstance(mask, mx.array) else fits(mask, q)
+    usual = inside.get() and known and options.keys() <= {"scale", "mask", "sinks", "stream"}
+    if not usual or options.get("sinks") is not None or {q.dtype, k.dtype, v.dtype} != {mx.float32}:
+        return stock(q, k, v, **options)
+    return numpy_attention(q, k, v, options["scale"], mask)
+
+
+def fits(mask: mx.array, q_BHTD: mx.array) -> bool:
+    """Whether the mask's dtype and heads are of the usual kinds."""
+    heads = mask.ndim < 4 or mask.shape[1] in (1, q_BHTD.shape[1])
+    return heads and mask.dtype in (mx.bool_, mx.float32)
+
+
+def numpy_attention(
+    q_BHTD: mx.array, k_BGSD: mx.array, v_BGSD: mx.array, scale: float, mask: Any
+) -> Any:
+    """softmax(scale · q kᵀ + mask) v, differentiable in q, k and v. H heads share G keys."""
+    kept: dict[str, np.ndarray] = {}
+
+    def probabilities(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+        p_BGNS = q @ k.swapaxes(-1, -2)
+        p_BGNS *= scale
+        add_mask(p_BGNS, mask, q_BHTD.shape)
+        p_BGNS -= p_BGNS.max(axis=-1, keepdims=True)
+        np.exp(p_BGNS, out=p_BGNS)
+        p_BGNS /= p_BGNS.sum(axis=-1, keepdims=True)
+        return p_BGNS
+
+    def grouped(x: mx.array) -> np.ndarray:
+        """[B, H, T, D] as [B, G, H/G · T, D]: the queries of one key head are one matrix."""
+        b, g = k_BGSD.shape[:2]
+        return view(x).reshape(b, g, -1, x.shape[-1])
+
+    @mx.custom_function
+    def product(q, k, v):
+        p_BGNS = probabilities(grouped(q), view(k))
+        if p_BGNS.nbytes <= KEPT:
+            kept["p"] = p_BGNS
+        return mx.array((p_BGNS @ view(v)).reshape(*q.shape[:-1], v.shape[-1]))
+
+    @product.vjp
+    def product_vjp(primals, cotangent, output):
+        q, k, v = primals
+        q_BGND, k_BGSD, g_BGND = grouped(q), view(k), grouped(cotangent)
+        p_BGNS = kept["p"] if "p" in kept else probabilities(q_BGND, k_BGSD)
+        v_bar = p_BGNS.swapaxes(-1, -2) @ g_BGND
+        s_BGNS = g_BGND @ view(v).swapaxes(-1, -2)
+        s_BGNS -= (s_BGNS * p_BGNS).sum(axis=-1, keepdims=True)
+        s_BGNS *= p_BGNS
+        s_BGNS *= scale
+        q_bar = (s_BGNS @ k_BGSD).reshape(q.shape)
+        k_bar = s_BGNS.swapaxes(-1, -2) @ q_BGND
+        return mx.array(q_bar), mx.array(k_bar), mx.array(v_bar)
+
+    return product(q_BHTD, k_BGSD, v_BGSD)
+
+
+def add_mask(scores_BGNS: np.ndarray, mask: Any, shape: tuple[int, ...]) -> None:
+    """Add the mask in place: None, "causal", or an array that broadcasts to [B, H, T, S]."""
+    if mask is None:
+        return
+    b, h, t, _ = shape
+    g, s = scores_BGNS.shape[1], scores_BGNS.shape[-1]
+    added = causal(t, s) if isinstance(mask, str) else as_added(view(mask))
+    lead = (1,) * (4 - added.ndim) + added.shape
+    heads = (lead[1] // g, g) if lead[1] == h else (1, 1)
+    scores_BGRTS = scores_BGNS.reshape(b, g, h // g, t, s)
+    scores_BGRTS += added.reshape(lead[0], heads[1], heads[0], *lead[2:])
+
+
+def as_added(mask: np.ndarray) -> np.ndarray:
+    """A boolean mask as numbers to add; numbers as they are."""
+    return np.where(mask, np.float32(0), LEAST) if mask.dtype == bool else mask
+
+
+@lru_cache(maxsize=8)
+def causal(t: int, s: int) -> np.ndarray:
+    """The last of t queries sees all s keys, each one before it one key less."""
+    return as_added(np.tril(np.ones((t, s), bool), s - t))
+
+
+@cache
+def attention_twin(parent: type) -> type:
+    """An attention layer's class that computes with `attention`."""
+
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        token = inside.set(True)
+        try:
+            return parent.__call__(self, *args, **options)
+        finally:
+            inside.reset(token)
+
+    return type(f"Fast{parent.__name__}", (parent,), {"__call__": call})
+
+
+def hasten_attention(module: Any) -> bool:
+    """Make an attention layer fast; True where it is one that was not yet."""
+    parts = all(isinstance(module.get(name), LINEARS) for name in PROJECTIONS)
+    if not parts or type(module).__name__.startswith("Fast"):
+        return False
+    mx.fast.scaled_dot_product_attention = attention  # its models look it up when they call it
+    module.__class__ = attention_twin(type(module))
+    return True

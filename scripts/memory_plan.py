@@ -1,0 +1,158 @@
+"""Is the memory that `train --dry-run` foretells what a step takes?
+
+Three random models whose shapes the plan was not fitted to, each a GRPO step's rollout, in which a
+third of the rows end early, and the gradient with every completion at its longest; in a process of
+its own on each CPU path, with and without grad_checkpoint. Writes figures/memory_plan.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+OUT = Path(__file__).resolve().parents[1] / "figures/memory_plan.json"
+PATHS = ("openblas", "numpy", "plain")
+SHAPES = {  # config, prompt, completion, prompts, group
+    "qwen3, wide": (
+        {"model_type": "qwen3", "hidden_size": 320, "num_hidden_layers": 3, "vocab_size": 3000,
+         "intermediate_size": 896, "num_attention_heads": 10, "num_key_value_heads": 2},
+        (60, 40, 4, 6),
+    ),
+    "llama, deep, long prompt": (
+        {"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 10, "vocab_size": 800,
+         "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 4},
+        (250, 50, 2, 8),
+    ),
+    "llama, large vocabulary": (
+        {"model_type": "llama", "hidden_size": 192, "num_hidden_layers": 4, "vocab_size": 60_000,
+         "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 2},
+        (90, 30, 4, 8),
+    ),
+}  # fmt: skip
+COMMON = {
+    "head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "quantization": {"group_size": 64, "bits": 4},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--worker", nargs=2, metavar=("SHAPE", "CHECKPOINT"))
+    asked = parser.parse_args()
+    if asked.worker:
+        print(json.dumps(measured(asked.worker[0], asked.worker[1] == "true")))
+        return
+    rows = []
+    for path in PATHS:
+        for name in SHAPES:
+            for again in ("false", "true"):
+                done = subprocess.run(
+                    [sys.executable, __file__, "--worker", name, again],
+                    env=os.environ | {"MLX_LORA_CPU": path},
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                rows.append(json.loads(done.stdout))
+                print(rows[-1])
+    from mlx_lora.runlog import environment
+
+    about = {"question": (__doc__ or "").splitlines()[0], "environment": environment()}
+    errors = [abs(r[f"{k}_error"]) for r in rows for k in ("rollout", "learning")]
+    OUT.write_text(
+        json.dumps(about | {"largest_error": max(errors), "rows": rows}, indent=2) + "\n"
+    )
+    print(f"largest error {max(errors):.0%}")
+
+
+def measured(name: str, again: bool) -> dict[str, Any]:
+    """MB of whole peaks, weights included, foretold and measured."""
+    from mlx_lora import cpu  # isort: skip  (chooses the CPU path before MLX is imported)
+    import mlx.core as mx
+    import numpy as np
+
+    from mlx_lora import config as configs
+    from mlx_lora import models
+    from mlx_lora.adapter.attach import attach, blocks
+    from mlx_lora.generate import generate
+    from mlx_lora.memory import foretell, skeleton
+    from mlx_lora.recompute import recomputing
+    from mlx_lora.rl.learner import gradients
+    from mlx_lora.rl.logprobs import pack
+    from mlx_lora.rl.update import rule_of
+
+    cpu.settle()
+    shape, (prompt, length, prompts, group) = SHAPES[name]
+    config = {**COMMON, **shape}
+    e = configs.from_text(
+        f"{{model: random, method: grpo, task: countdown, batch_size: {prompts},"
+        f" grad_checkpoint: {str(again).lower()}, grpo: {{group_size: {group}}},"
+        f" rollout: {{max_tokens: {length}}}}}"
+    )
+    foretold = foretell(config, e, prompt)
+    mx.random.seed(0)
+    model = skeleton(config, e)
+    model.freeze()
+    model.eval()
+    mx.eval(model.parameters())
+    cpu.accelerate(model)
+    attach(model, rank=e.lora_parameters.rank, keys=e.lora_parameters.keys)
+    mx.eval(model(mx.array([[1, 2]])))  # the dense copies are made at first use
+    loaded = models.Loaded(
+        model, Words(config["vocab_size"] // (2 * length)), config, "random", Path("random"), False
+    )
+    rng = np.random.default_rng(0)
+    texts = [" ".join(map(str, rng.integers(1, 700, prompt - i))) for i in range(prompts)]
+    found: dict[str, Any] = {"path": cpu.mode(), "shape": name, "grad_checkpoint": again}
+    rows: list[Any] = []
+    always = foretold.base + foretold.copies + foretold.adapter
+    for part in ("rollout", "learning"):
+        for _ in range(2):
+            mx.reset_peak_memory()
+            if part == "rollout":
+                options = {"group": group, "max_tokens": length, "purpose": "rollout"}
+                rows = generate(loaded, texts, width=e.rollout.width, **options)
+            else:
+                longest = max(len(r.ids) for rows_G in rows for r in rows_G)
+                assert longest == length, "the plan is for the longest"
+                flat = [filled(r, length) for rows_G in rows for r in rows_G]
+                packed = pack(flat, np.ones(len(flat)))
+                with recomputing(blocks(model), on=again):
+                    mx.eval(gradients(model, packed, rule_of(e)))
+        wanted, got = always + getattr(foretold, part), mx.get_peak_memory()
+        found |= {f"{part}_foretold_mb": wanted / 1e6, f"{part}_measured_mb": got / 1e6}
+        found[f"{part}_error"] = wanted / got - 1
+    return found
+
+
+def filled(r: Any, length: int) -> Any:
+    """A rollout made as long as it may be."""
+    missing = length - len(r.ids)
+    return replace(r, ids=(*r.ids, *(1,) * missing), logps=(*r.logps, *(-1.0,) * missing))
+
+
+class Words:
+    """Numbers as tokens, some of which end a text."""
+
+    chat_template = None
+
+    def __init__(self, ending: int) -> None:
+        self.eos_token_ids = range(ending)
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+if __name__ == "__main__":
+    main()
