@@ -238,4 +238,5 @@ def problems(rng: random.Random) -> Iterator[tuple[str, str]]:
         careless = rng.random() < CARELESS
         answer = " + ".join(map(str, numbers)) if careless else gold
         sample = countdown.make_sample(numbers, target, answer, option["template"])
+        assert isinstance(sample.prompt, str), "no system prompt was asked for"
         yield sample.prompt, sample.gold
