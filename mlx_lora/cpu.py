@@ -13,9 +13,11 @@ plain path to 1e-5. Layers keep their class hierarchy, parameters and packed wei
 is a private attribute that is neither trained nor saved.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from mlx_lora.errors import ConfigError, near
@@ -101,7 +103,7 @@ def settle() -> None:
 
 def follow(model: Any) -> None:
     """Give newly attached LoRA layers the fast product where the layers under them have it."""
-    if mode() == "numpy":
+    if mode() in ("openblas", "numpy"):
         for _, module in model.named_modules():
             if hasattr(module, "lora_a") and type(module) in fast_classes():
                 module.__class__ = fast_classes()[type(module)]
@@ -133,6 +135,18 @@ def accelerate(model: Any) -> int:
     attentive = [m for _, m in model.named_modules() if "q_proj" in m]
     hastened = [*map(hasten_mlp, gated), *map(hasten_attention, attentive)]
     return len(layers) + sum(hastened)
+
+
+@contextlib.contextmanager
+def decoding(model: Any) -> Iterator[None]:
+    """Inside, adapters are merged into dense copies where there are such: no gradient flows."""
+    if mode() not in ("openblas", "numpy"):
+        yield
+        return
+    from mlx_lora.cpu_layers import merged
+
+    with merged(model):
+        yield
 
 
 def memory_bytes() -> int:

@@ -1,4 +1,4 @@
-"""Attention on the CPU fast path: batched products of small matrices, by NumPy (see cpu.py).
+"""Attention and its turns on the CPU fast path: small batched products, by NumPy (see cpu.py).
 
 MLX's own takes three to eight times as long there. Only float32 without sinks goes this way, and
 only inside the attention layers of a model that was accelerated; everything else is MLX's.
@@ -11,13 +11,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.cpu_layers import LINEARS, view
+from mlx_lora.cpu_layers import LINEARS, SILENT, view
 
 KEPT = 1 << 24  # bytes of probabilities kept for the way back; more are made again
 LEAST = np.finfo(np.float32).min  # of a masked score, as in MLX: a row without a key is uniform
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 inside: ContextVar[bool] = ContextVar("inside", default=False)  # an accelerated layer is computing
-stock = mx.fast.scaled_dot_product_attention
+stock, stock_rope = mx.fast.scaled_dot_product_attention, mx.fast.rope
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
@@ -57,6 +57,7 @@ def numpy_attention(
         return view(x).reshape(b, g, -1, x.shape[-1])
 
     @mx.custom_function
+    @SILENT
     def product(q, k, v):
         p_BGNS = probabilities(grouped(q), view(k))
         if p_BGNS.nbytes <= KEPT:
@@ -64,6 +65,7 @@ def numpy_attention(
         return mx.array((p_BGNS @ view(v)).reshape(*q.shape[:-1], v.shape[-1]))
 
     @product.vjp
+    @SILENT
     def product_vjp(primals, cotangent, output):
         q, k, v = primals
         q_BGND, k_BGSD, g_BGND = grouped(q), view(k), grouped(cotangent)
@@ -104,6 +106,50 @@ def causal(t: int, s: int) -> np.ndarray:
     return as_added(np.tril(np.ones((t, s), bool), s - t))
 
 
+def rope(x: mx.array, dims: int, *rest: Any, **options: Any) -> mx.array:
+    """Stands in for mx.fast.rope, with its arguments."""
+    usual = inside.get() and not rest and x.ndim == 4 and x.dtype == mx.float32
+    known = {"traditional", "base", "scale", "offset", "freqs"}
+    if not usual or options.get("traditional") or not options.keys() <= known:
+        return stock_rope(x, dims, *rest, **options)
+    freqs, offset = options.get("freqs"), options["offset"]
+    inverse = inverse_frequencies(dims, options["base"]) if freqs is None else 1 / view(freqs)
+    starts = np.reshape(view(offset) if isinstance(offset, mx.array) else offset, (-1, 1))
+    places = (starts + np.arange(x.shape[2])).astype(np.float32) * np.float32(options["scale"])
+    angles = places[..., None] * inverse  # [B or 1, T, dims / 2]
+    return numpy_rope(x, np.cos(angles)[:, None], np.sin(angles)[:, None], dims)
+
+
+@lru_cache(maxsize=8)
+def inverse_frequencies(dims: int, base: float) -> np.ndarray:
+    step = np.float32(np.log(base) / (dims // 2))
+    return np.exp(np.arange(0, -(dims // 2), -1, dtype=np.float32) * step)
+
+
+def numpy_rope(x_BHTD: mx.array, cos: np.ndarray, sin: np.ndarray, dims: int) -> Any:
+    """The first `dims` of each vector turned by its place's angles, differentiable in x."""
+
+    def turned(x: np.ndarray, sign: int) -> mx.array:
+        y, half = np.empty_like(x), dims // 2
+        a, b = x[..., :half], x[..., half:dims]
+        np.subtract(a * cos, b * (sign * sin), out=y[..., :half])
+        np.add(b * cos, a * (sign * sin), out=y[..., half:dims])
+        y[..., dims:] = x[..., dims:]
+        return mx.array(y)
+
+    @mx.custom_function
+    @SILENT
+    def product(x):
+        return turned(view(x), 1)
+
+    @product.vjp
+    @SILENT
+    def product_vjp(primals, cotangent, output):
+        return turned(view(cotangent), -1)
+
+    return product(x_BHTD)
+
+
 @cache
 def attention_twin(parent: type) -> type:
     """An attention layer's class that computes with `attention`."""
@@ -123,6 +169,7 @@ def hasten_attention(module: Any) -> bool:
     parts = all(isinstance(module.get(name), LINEARS) for name in PROJECTIONS)
     if not parts or type(module).__name__.startswith("Fast"):
         return False
-    mx.fast.scaled_dot_product_attention = attention  # its models look it up when they call it
+    mx.fast.scaled_dot_product_attention = attention  # models look them up when they call them
+    mx.fast.rope = rope
     module.__class__ = attention_twin(type(module))
     return True

@@ -5,6 +5,8 @@ dtypes fall back to the parent's own code. The functions exist because MLX's exp
 an element on this path and NumPy's 1.3.
 """
 
+import contextlib
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -16,6 +18,8 @@ from mlx_lm.tuner.lora import LoRALinear
 from mlx_lora.models import dense_weight, in_dims
 from mlx_lora.recompute import untraced
 
+MERGED_BYTES = 1 << 28  # of all merged matrices together
+SILENT = np.errstate(all="ignore")  # a broken adapter may hold NaN: as silent as MLX is about it
 LINEARS = (nn.Linear, nn.QuantizedLinear)
 
 
@@ -41,10 +45,12 @@ def numpy_matmul(x: mx.array, weight_OI: np.ndarray) -> Any:
     """x @ weight.T in NumPy, differentiable in x."""
 
     @mx.custom_function
+    @SILENT
     def product(x):
         return mx.array((rows(view(x)) @ weight_OI.T).reshape(*x.shape[:-1], -1))
 
     @product.vjp
+    @SILENT
     def product_vjp(primals, cotangent, output):
         return mx.array((rows(view(cotangent)) @ weight_OI).reshape(primals.shape))
 
@@ -58,6 +64,7 @@ def numpy_lora(
     kept: dict[str, np.ndarray] = {}
 
     @mx.custom_function
+    @SILENT
     def product(x, a, b):
         x_NI = rows(view(x))
         kept["z"] = x_NI @ view(a)
@@ -68,6 +75,7 @@ def numpy_lora(
         return mx.array(y_NO.reshape(*x.shape[:-1], -1))
 
     @product.vjp
+    @SILENT
     def product_vjp(primals, cotangent, output):
         x, a, b = primals
         g_NO = rows(view(cotangent))
@@ -89,6 +97,7 @@ def exp(x: mx.array) -> mx.array:
 
 
 @mx.custom_function
+@SILENT
 def log_softmax(x: mx.array) -> mx.array:
     """Over the last axis, differentiable."""
     y = view(x) - view(x).max(axis=-1, keepdims=True)
@@ -97,6 +106,7 @@ def log_softmax(x: mx.array) -> mx.array:
 
 
 @log_softmax.vjp
+@SILENT
 def log_softmax_vjp(primals, cotangent, output):
     g = view(cotangent)
     return mx.array(g - np.exp(view(output)) * g.sum(axis=-1, keepdims=True))
@@ -116,6 +126,36 @@ def token_scores(logits_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx
     return mx.array(logps_N), mx.array(entropy_N), mx.array(e_NV)
 
 
+def rms_norm(x: mx.array, weight_D: mx.array, eps: float) -> Any:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis, differentiable in x."""
+
+    @mx.custom_function
+    @SILENT
+    def product(x):
+        x_ND, w_D = rows(view(x)), view(weight_D)
+        y_ND = x_ND * length(x_ND, eps)[:, None]
+        y_ND *= w_D
+        return mx.array(y_ND.reshape(x.shape))
+
+    @product.vjp
+    @SILENT
+    def product_vjp(primals, cotangent, output):
+        x_ND, g_ND = rows(view(primals)), rows(view(cotangent)) * view(weight_D)
+        r_N = length(x_ND, eps)
+        along_N = np.einsum("nd,nd->n", g_ND, x_ND) * r_N**3 / x_ND.shape[1]
+        g_ND *= r_N[:, None]
+        g_ND -= x_ND * along_N[:, None]
+        return mx.array(g_ND.reshape(primals.shape))
+
+    return product(x)
+
+
+def length(x_ND: np.ndarray, eps: float) -> np.ndarray:
+    """1 / the root mean square of each row."""
+    squares_N = np.einsum("nd,nd->n", x_ND, x_ND)
+    return 1 / np.sqrt(squares_N / np.float32(x_ND.shape[1]) + np.float32(eps))
+
+
 def swiglu(gate: mx.array, up: mx.array) -> Any:
     """gate · sigmoid(gate) · up, differentiable in both.
 
@@ -124,6 +164,7 @@ def swiglu(gate: mx.array, up: mx.array) -> Any:
     kept: dict[str, mx.array] = {}
 
     @mx.custom_function
+    @SILENT
     def product(gate, up):
         y = sigmoid(view(gate))
         kept["s"] = mx.array(y)
@@ -132,6 +173,7 @@ def swiglu(gate: mx.array, up: mx.array) -> Any:
         return mx.array(y)
 
     @product.vjp
+    @SILENT
     def product_vjp(primals, cotangent, output):
         gate, up = primals
         scaled, s = cotangent * kept["s"], kept["s"]
@@ -173,6 +215,18 @@ def hasten_mlp(module: Any) -> bool:
     return False
 
 
+class NumpyRMSNorm(nn.RMSNorm):
+    def __call__(self, x):
+        if x.dtype != mx.float32 or self.weight.dtype != mx.float32 or not frozen(self):
+            return super().__call__(x)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def frozen(layer: nn.Module) -> bool:
+    """True where its weight gets no gradient."""
+    return "weight" in layer._no_grad
+
+
 def with_bias(layer: Any, y: mx.array) -> mx.array:
     return y + layer.bias if "bias" in layer else y
 
@@ -191,7 +245,7 @@ class OpenBlasQuantizedEmbedding(nn.QuantizedEmbedding):
 
 class NumpyLinear(nn.Linear):
     def __call__(self, x):
-        if x.dtype != mx.float32 or self.weight.dtype != mx.float32 or self.trainable_parameters():
+        if x.dtype != mx.float32 or self.weight.dtype != mx.float32 or not frozen(self):
             return super().__call__(x)
         return with_bias(self, numpy_matmul(x, view(self.weight)))
 
@@ -210,8 +264,41 @@ class NumpyQuantizedEmbedding(nn.QuantizedEmbedding):
         return numpy_matmul(x, view(dense(self)))
 
 
+@contextlib.contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Inside, accelerated LoRA layers multiply by one matrix, W + scale · (A B)ᵀ: for decoding.
+
+    Without gradients. Only where the copies are small; they are gone afterwards.
+    """
+    layers: list[Any] = [m for _, m in model.named_modules() if isinstance(m, MERGING)]
+    bytes_needed = sum(4 * m.lora_a.shape[0] * m.lora_b.shape[1] for m in layers)
+    try:
+        for layer in layers if bytes_needed <= MERGED_BYTES else ():
+            inner = layer.linear
+            if not isinstance(inner, FAST_LINEARS) or float(np.array(layer.scale)) == 0:
+                continue
+            base_OI = dense(inner) if "scales" in inner else inner.weight
+            if base_OI.dtype == layer.lora_a.dtype == layer.lora_b.dtype == mx.float32:
+                update_IO = layer.scale * (layer.lora_a @ layer.lora_b)
+                layer.__dict__["_merged"] = mx.contiguous(base_OI + update_IO.T)
+        mx.eval([layer.__dict__["_merged"] for layer in layers if "_merged" in layer.__dict__])
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("_merged", None)
+
+
+class OpenBlasLoRALinear(LoRALinear):
+    def __call__(self, x):
+        if "_merged" not in self.__dict__ or x.dtype != mx.float32:
+            return super().__call__(x)
+        return with_bias(self.linear, x @ self.__dict__["_merged"].T)
+
+
 class NumpyLoRALinear(LoRALinear):
     def __call__(self, x):
+        if "_merged" in self.__dict__ and x.dtype == mx.float32:
+            return with_bias(self.linear, numpy_matmul(x, view(self.__dict__["_merged"])))
         dropping = self.dropout.training and self.dropout._p_1 < 1
         frozen = isinstance(self.linear, (NumpyLinear, NumpyQuantizedLinear))
         if x.dtype != mx.float32 or dropping or not frozen:
@@ -224,15 +311,20 @@ class NumpyLoRALinear(LoRALinear):
         return with_bias(self.linear, y)
 
 
+FAST_LINEARS = (nn.Linear, NumpyQuantizedLinear, OpenBlasQuantizedLinear)
+MERGING = (OpenBlasLoRALinear, NumpyLoRALinear)
 TWINS: dict[str, dict[type, type]] = {
     "openblas": {
         nn.QuantizedLinear: OpenBlasQuantizedLinear,
         nn.QuantizedEmbedding: OpenBlasQuantizedEmbedding,
+        nn.RMSNorm: NumpyRMSNorm,
+        LoRALinear: OpenBlasLoRALinear,
     },
     "numpy": {
         nn.Linear: NumpyLinear,
         nn.QuantizedLinear: NumpyQuantizedLinear,
         nn.QuantizedEmbedding: NumpyQuantizedEmbedding,
+        nn.RMSNorm: NumpyRMSNorm,
         LoRALinear: NumpyLoRALinear,
     },
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from mlx_lora import cpu
 from mlx_lora.adapter.dora import frozen_norms
 from mlx_lora.caches import company
 from mlx_lora.decode import Row, decode
@@ -63,7 +64,7 @@ def generate(
                 done(row.prompt, found[row.prompt])
 
     drawer, closes = drawer_of(temperature, top_p, top_k), closing(loaded.tokenizer, eos, stop)
-    with frozen_norms(loaded.model):
+    with frozen_norms(loaded.model), cpu.decoding(loaded.model):
         for rows in parties(loaded.model, prompts_ids, rows_PG, width):
             decode(
                 loaded.model,

@@ -154,6 +154,12 @@ SPEAK = [  # gate, measured, expectation, verdict
     ("divergence", replace(CHANGED, kl_mean=1e-3), "same", "pass"),
     ("divergence", replace(CHANGED, kl_mean=1.1e-3), "same", "warn"),
     ("divergence", replace(CHANGED, kl_mean=0.11), "same", "fail"),
+    (
+        "divergence",
+        replace(CHANGED, kl_mean=9e-4, intervals={**GOOD.intervals, "kl_mean": (5e-4, 11e-4)}),
+        "same",
+        "warn",
+    ),
     ("divergence", replace(CHANGED, kl_mean=float("nan")), "same", "fail"),
     ("agreement", replace(CHANGED, top1_agreement=0.955), "same", "pass"),
     ("agreement", replace(CHANGED, top1_agreement=0.94), "same", "warn"),
