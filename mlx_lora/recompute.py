@@ -67,9 +67,9 @@ def cut_off(work: Callable[..., Any]) -> Callable[..., Any]:
             for i, x in zip(floats, moving, strict=True):
                 all_[i] = x
             given = tree_unflatten(list(zip(names, all_, strict=True)))
-            return [x for _, x in tree_flatten(work(*given))]
+            return leaves(work(*given))
 
-        bars = [untraced(x) for _, x in tree_flatten(cotangents)]
+        bars = [untraced(x) for x in leaves(cotangents)]
         _, slopes = mx.vjp(flat, [fixed[i] for i in floats], bars)
         found = [mx.zeros_like(x) for x in fixed]
         for i, slope in zip(floats, slopes, strict=True):
@@ -77,6 +77,12 @@ def cut_off(work: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(tree_unflatten(list(zip(names, found, strict=True))))
 
     return done
+
+
+def leaves(tree: Any) -> list[mx.array]:
+    """The arrays of a tree."""
+    flat: Any = tree_flatten(tree)
+    return [x for _, x in flat]
 
 
 def untraced(x: mx.array) -> mx.array:

@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
     if asked.worker:
-        print(json.dumps(measured(*asked.worker, asked.repeats)))
+        vocabulary, tokens = asked.worker
+        print(json.dumps(measured(vocabulary, tokens, asked.repeats)))
         return
     rows = []
     for path in PATHS:

@@ -13,7 +13,7 @@ from mlx_lora.caches import company, prefill
 from mlx_lora.models import pad_right, plain_cache, split_head, vocabulary_size
 from mlx_lora.numerics import entropy, log_softmax
 from mlx_lora.recompute import recomputed
-from mlx_lora.rl.vocabulary import rows_of_a_chunk, score_and_recompute, score_tokens
+from mlx_lora.rl.vocabulary import joined, rows_of_a_chunk, score_and_recompute, score_tokens
 from mlx_lora.types import Rollout
 
 
@@ -127,7 +127,7 @@ def whole_logps(model: nn.Module, packed: Packed, temperature: float) -> tuple[m
     width = packed.targets_BT.shape[1]
     longest = max(map(len, packed.prompts)) + width
     count = max(1, rows_of_a_chunk(vocabulary_size(model)) // longest)
-    found: list[tuple[mx.array, mx.array]] = []
+    found: list[list[mx.array]] = []
     for start in range(0, len(packed.prompt_of_B), count):
         part = rows_of(packed, slice(start, start + count))
 
@@ -139,8 +139,8 @@ def whole_logps(model: nn.Module, packed: Packed, temperature: float) -> tuple[m
 
         made = recomputed(model, scored, part.targets_BT)
         padding = [(0, 0), (0, width - part.targets_BT.shape[1])]
-        found.append(tuple(mx.pad(x_BT * part.mask_BT, padding) for x_BT in made))
-    logps_BT, entropy_BT = (mx.concatenate(parts) for parts in zip(*found, strict=True))
+        found.append([mx.pad(x_BT * part.mask_BT, padding) for x_BT in made])
+    logps_BT, entropy_BT = joined(found)
     return logps_BT, entropy_BT
 
 

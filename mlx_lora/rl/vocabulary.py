@@ -5,7 +5,8 @@ It is taken in the forward pass, chunk by chunk, and the logits are let go: neit
 of them than one chunk, and nothing is computed twice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,7 +44,7 @@ def score_tokens(
         del made  # and with it the logits
     # what is evaluated inside a trace, and computed from what it follows, stays until it ends:
     # hence copies, of the few numbers that are needed
-    logps_N, entropy_N, *slopes = (mx.concatenate(parts) for parts in zip(*found, strict=True))
+    logps_N, entropy_N, *slopes = joined(found)
     if slopes:  # zero in value, and its gradient is the slope
         logps_N = logps_N + ((hidden_ND - still_ND) * slopes[0]).sum(axis=-1)
     return logps_N, entropy_N
@@ -64,8 +65,13 @@ def score_and_recompute(
         recomputed(model, scored, hidden_ND[start : start + rows], targets_N[start : start + rows])
         for start in range(0, len(targets_N), rows)
     ]
-    logps_N, entropy_N = (mx.concatenate(parts) for parts in zip(*found, strict=True))
+    logps_N, entropy_N = joined(found)
     return logps_N, entropy_N
+
+
+def joined(found: Sequence[Sequence[mx.array]]) -> list[mx.array]:
+    """What parts of the rows gave, as what all of them would have."""
+    return [mx.concatenate(list(parts)) for parts in zip(*found, strict=True)]
 
 
 def rows_of_a_chunk(vocabulary: int) -> int:
@@ -98,5 +104,6 @@ def chunk(
 
     if not gradient:
         return token_scores(logits_of(hidden_ND), targets_N)[:2]
-    (_, found), slopes_ND = mx.value_and_grad(total)(hidden_ND)
-    return *found, slopes_ND
+    graded: Any = mx.value_and_grad(total)(hidden_ND)
+    (_, (logps_N, entropy_N)), slopes_ND = graded
+    return logps_N, entropy_N, slopes_ND
