@@ -275,7 +275,8 @@ def merged(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers if bytes_needed <= MERGED_BYTES else ():
             inner = layer.linear
-            if not isinstance(inner, FAST_LINEARS) or float(np.array(layer.scale)) == 0:
+            apart = drops(layer) or float(np.array(layer.scale)) == 0
+            if apart or not isinstance(inner, FAST_LINEARS):
                 continue
             base_OI = dense(inner) if "scales" in inner else inner.weight
             if base_OI.dtype == layer.lora_a.dtype == layer.lora_b.dtype == mx.float32:
@@ -286,6 +287,11 @@ def merged(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.__dict__.pop("_merged", None)
+
+
+def drops(layer: Any) -> bool:
+    """True where dropout is at work."""
+    return layer.dropout.training and layer.dropout._p_1 < 1
 
 
 class OpenBlasLoRALinear(LoRALinear):
@@ -299,9 +305,8 @@ class NumpyLoRALinear(LoRALinear):
     def __call__(self, x):
         if "_merged" in self.__dict__ and x.dtype == mx.float32:
             return with_bias(self.linear, numpy_matmul(x, view(self.__dict__["_merged"])))
-        dropping = self.dropout.training and self.dropout._p_1 < 1
-        frozen = isinstance(self.linear, (NumpyLinear, NumpyQuantizedLinear))
-        if x.dtype != mx.float32 or dropping or not frozen:
+        fast = isinstance(self.linear, (NumpyLinear, NumpyQuantizedLinear))
+        if x.dtype != mx.float32 or drops(self) or not fast:
             return super().__call__(x)
         scale = float(np.array(self.scale))  # a Python number, or an array when scheduled
         weight_OI = view(dense(self.linear))

@@ -3,7 +3,7 @@
 Sizes of parameters, adapter, optimizer and caches are exact: the model is built without evaluating
 it, so that its arrays have shapes and no contents. What a step computes in between is a sum over
 arrays of these shapes, with weights fitted to measured peaks of small models on each CPU path
-(scripts/memory_plan.py compares it with what others took); a GPU is taken for the plain path. It is
+(scripts/memory_plan.py fits them, and compares with what other shapes took); a GPU is taken for the plain path. It is
 for the worst case, in which every completion is as long as it may be.
 """
 
@@ -15,11 +15,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_lora import cpu
 from mlx_lora.adapter.attach import blocks, expand_keys, to_lora_layers
 from mlx_lora.blocks import Quantize
 from mlx_lora.caches import GROWTH
+from mlx_lora.cpu_layers import MERGED_BYTES
 from mlx_lora.errors import ModelError
 from mlx_lora.models import DEMO, DEMO_QUANTIZATION, new_cache
 from mlx_lora.optimizers import optimizer_of
@@ -55,22 +57,22 @@ class Weights:
 
 FITTED = {
     "openblas": Weights(
-        held=(47.5, 21.8, 21.2, 0, 5.5),
-        outside=0,
-        scoring=0.8,
-        again=(33.4, 15.4, 17.6, 0, 14.3),
-        kept=13.0,
+        held=(10.5, 21.0, 14.2, 0, 3.7),
+        outside=34.2,
+        scoring=1.0,
+        again=(7.9, 15.5, 8.4, 0, 18.8),
+        kept=12.0,
         scoring_again=2.0,
-        decoding=(0.91, 0.12, 0.75, 2.75, 0.12),
+        decoding=(1.0, 0.18, 0.43, 2.73, 0),
     ),
     "numpy": Weights(
-        held=(26.7, 5.1, 8.7, 0, 2.6),
-        outside=12.8,
-        scoring=1.3,
-        again=(16.6, 2.9, 2.8, 0, 22.5),
-        kept=11.8,
+        held=(9.7, 5.1, 4.7, 0, 5.6),
+        outside=12.0,
+        scoring=1.5,
+        again=(0, 4.9, 0, 0, 23.8),
+        kept=9.5,
         scoring_again=2.0,
-        decoding=(0.93, 0.17, 0.64, 2.74, 0),
+        decoding=(0.93, 0.22, 0.67, 2.72, 0),
     ),
     "plain": Weights(
         held=(18.4, 11.1, 9.2, 2.2, 4.4),
@@ -151,17 +153,18 @@ def foretell(config: Mapping[str, Any], e: Stage, prompt: int) -> Foretold:
     optimizer = optimizer_of(e)
     optimizer.init(weights)
     sizes = sizes_of(config, model)
-    rows = min(e.rollout.width, e.batch_size * e.grpo.group_size)
-    tokens = prompt + rounded_up(e.rollout.max_tokens, GROWTH)
+    decoding, w = decoding_arrays(sizes, kept, e, prompt), fitted()
+    inside, logits = learning_arrays(sizes, kept, e, prompt)
+    merged = merged_copies(model) if copies else 0
     return Foretold(
         base=base,
         copies=copies,
         adapter=nbytes(weights),
         optimizer=nbytes(optimizer.state),
-        cache=rows * kept.row(tokens),
-        logits=rows * sizes.vocabulary * 4,
-        rollout=of_rollout(sizes, kept, e, prompt),
-        learning=of_learning(sizes, kept, e, prompt),
+        cache=int(decoding[0]),
+        logits=int(decoding[3]),
+        rollout=merged + int(weighed(w.decoding, decoding)),
+        learning=of_learning(sizes.layers, inside, logits, w, again=e.grad_checkpoint),
     )
 
 
@@ -278,19 +281,27 @@ def sizes_of(config: Mapping[str, Any], model: nn.Module) -> Sizes:
     )
 
 
-def of_rollout(sizes: Sizes, kept: Cache, e: Stage, prompt: int) -> int:
-    """Bytes besides the weights while rows decode."""
+def merged_copies(model: nn.Module) -> int:
+    """Bytes of the adapted matrices that the CPU's fast path merges while rows decode."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    found = sum(4 * m.lora_a.shape[0] * m.lora_b.shape[1] for m in layers)
+    return found if found <= MERGED_BYTES else 0
+
+
+def decoding_arrays(sizes: Sizes, kept: Cache, e: Stage, prompt: int) -> tuple[float, ...]:
+    """Bytes of the arrays that decoding is made of, in the order of Weights.decoding."""
     rows = min(e.rollout.width, e.batch_size * e.grpo.group_size)
     prompts = -(-rows // e.grpo.group_size)
     cache = rows * kept.row(prompt + rounded_up(e.rollout.max_tokens, GROWTH))
     own = prompts * kept.row(rounded_up(prompt, ROOM))
     scores = sizes.heads * prompts * prompt**2 * sizes.number
-    parts = (cache, own, cache / sizes.layers, rows * sizes.vocabulary * 4, scores)
-    return int(weighed(fitted().decoding, parts))
+    return cache, own, cache / sizes.layers, rows * sizes.vocabulary * 4, scores
 
 
-def of_learning(sizes: Sizes, kept: Cache, e: Stage, prompt: int) -> int:
-    """Bytes besides the weights in scoring and its gradient, of one micro-batch."""
+def learning_arrays(
+    sizes: Sizes, kept: Cache, e: Stage, prompt: int
+) -> tuple[tuple[float, ...], int]:
+    """Bytes of the arrays of a block, in the order of Weights.held, and of a chunk of logits."""
     share = e.grpo.minibatches * e.grad_accumulation_steps
     rows, length = -(-e.batch_size * e.grpo.group_size // share), e.rollout.max_tokens
     prompts = min(rows, e.batch_size)
@@ -299,21 +310,21 @@ def of_learning(sizes: Sizes, kept: Cache, e: Stage, prompt: int) -> int:
         scores = prompts * prompt**2 + rows * (length - 1) * (prompt + length - 1)
     else:
         tokens, scores = rows * (prompt + length), rows * (prompt + length) ** 2
-    n = sizes.number
+    widths = (sizes.hidden, sizes.inner, sizes.attention)
     cached = rows * kept.row(prompt + length) / sizes.layers
-    inside = (
-        tokens * sizes.hidden * n,
-        tokens * sizes.inner * n,
-        tokens * sizes.attention * n,
-        sizes.heads * scores * n,
-        cached,
-    )
     chunk = CHUNK_BYTES["cpu" if cpu.active() else "gpu"]
-    logits, w = min(rows * length * sizes.vocabulary * 4, chunk), fitted()
-    if not e.grad_checkpoint:
-        held = sizes.layers * weighed(w.held, inside)
-        return int(held + w.outside * inside[0] + w.scoring * logits)
-    between = w.kept * sizes.layers * inside[0]
+    n = sizes.number
+    inside = (*(tokens * width * n for width in widths), sizes.heads * scores * n, cached)
+    return inside, min(rows * length * sizes.vocabulary * 4, chunk)
+
+
+def of_learning(
+    layers: int, inside: tuple[float, ...], logits: int, w: Weights, *, again: bool
+) -> int:
+    """Bytes besides the weights in scoring and its gradient, of one micro-batch."""
+    if not again:
+        return int(layers * weighed(w.held, inside) + w.outside * inside[0] + w.scoring * logits)
+    between = w.kept * layers * inside[0]
     return int(max(between + weighed(w.again, inside), 0.6 * between + w.scoring_again * logits))
 
 

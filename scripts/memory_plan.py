@@ -2,7 +2,8 @@
 
 Three random models whose shapes the plan was not fitted to, each a GRPO step's rollout, in which a
 third of the rows end early, and the gradient with every completion at its longest; in a process of
-its own on each CPU path, with and without grad_checkpoint. Writes figures/memory_plan.json.
+its own on each CPU path, with and without grad_checkpoint. `--fit` prints the weights of arrays that
+memory.py should hold, from other shapes. Writes figures/memory_plan.json.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 OUT = Path(__file__).resolve().parents[1] / "figures/memory_plan.json"
-PATHS = ("openblas", "numpy", "plain")
+PATHS, TWO = ("openblas", "numpy", "plain"), ("false", "true")
 SHAPES = {  # config, prompt, completion, prompts, group
     "qwen3, wide": (
         {"model_type": "qwen3", "hidden_size": 320, "num_hidden_layers": 3, "vocab_size": 3000,
@@ -33,6 +34,29 @@ SHAPES = {  # config, prompt, completion, prompts, group
         (90, 30, 4, 8),
     ),
 }  # fmt: skip
+KEYS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "vocab_size")  # fmt: skip
+FITTING = [  # KEYS; prompt, completion, prompts, group
+    ((2, 128, 192, 4, 2, 32, 500), (40, 24, 2, 8)),
+    ((6, 128, 192, 4, 2, 32, 500), (40, 24, 2, 8)),
+    ((4, 256, 192, 4, 2, 32, 500), (40, 24, 2, 8)),
+    ((4, 128, 768, 4, 2, 32, 500), (40, 24, 2, 8)),
+    ((4, 128, 192, 8, 4, 32, 500), (40, 24, 2, 8)),
+    ((4, 128, 192, 4, 2, 32, 500), (200, 24, 1, 8)),
+    ((4, 128, 192, 4, 2, 32, 500), (20, 150, 1, 4)),
+    ((4, 128, 384, 4, 4, 64, 500), (64, 64, 4, 2)),
+    ((3, 192, 512, 6, 2, 32, 500), (100, 60, 2, 4)),
+    ((4, 128, 192, 4, 2, 32, 500), (40, 24, 2, 32)),
+    ((4, 128, 192, 4, 2, 32, 50_000), (40, 24, 2, 8)),
+    ((2, 128, 192, 4, 2, 32, 100_000), (40, 50, 1, 4)),
+    ((4, 128, 192, 4, 2, 32, 20_000), (200, 50, 1, 8)),
+    ((4, 128, 384, 8, 8, 64, 500), (200, 40, 4, 8)),
+]
+ALL = SHAPES | {
+    f"fit {i}": ({"model_type": "llama", **dict(zip(KEYS, widths, strict=True))}, step)
+    for i, (widths, step) in enumerate(FITTING)
+}
+SMALL = 4e6  # bytes of logits that hide behind the rest
 COMMON = {
     "head_dim": 32,
     "rms_norm_eps": 1e-6,
@@ -46,22 +70,21 @@ COMMON = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--worker", nargs=2, metavar=("SHAPE", "CHECKPOINT"))
+    parser.add_argument("--fit", action="store_true")
     asked = parser.parse_args()
+    if asked.fit:
+        for path in PATHS:
+            names = [f"fit {i}" for i in range(len(FITTING))]
+            print(path, fit([run(path, name, again) for name in names for again in TWO]))
+        return
     if asked.worker:
         print(json.dumps(measured(asked.worker[0], asked.worker[1] == "true")))
         return
     rows = []
     for path in PATHS:
         for name in SHAPES:
-            for again in ("false", "true"):
-                done = subprocess.run(
-                    [sys.executable, __file__, "--worker", name, again],
-                    env=os.environ | {"MLX_LORA_CPU": path},
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                )
-                rows.append(json.loads(done.stdout))
+            for again in TWO:
+                rows.append({k: v for k, v in run(path, name, again).items() if k != "arrays"})
                 print(rows[-1])
     from mlx_lora.runlog import environment
 
@@ -71,6 +94,52 @@ def main() -> None:
         json.dumps(about | {"largest_error": max(errors), "rows": rows}, indent=2) + "\n"
     )
     print(f"largest error {max(errors):.0%}")
+
+
+def run(path: str, name: str, again: str) -> dict[str, Any]:
+    """`measured` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", name, again],
+        env=os.environ | {"MLX_LORA_CPU": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def fit(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """memory.Weights of one path but for `scoring_again`, and the largest error of each fit."""
+
+    def solved(table: list[tuple[list[float], float]]) -> tuple[list[float], float]:
+        return least_squares([[x / y for x in parts] for parts, y in table])
+
+    held, again, decoding = [], [], []
+    for row in rows:
+        a = row["arrays"]
+        layers, inside, logits = a["layers"], a["inside"], a["logits"]
+        if row["grad_checkpoint"] and logits < SMALL:
+            again.append(([*inside, layers * inside[0]], a["learning"]))
+        if not row["grad_checkpoint"]:
+            held.append(([*(layers * x for x in inside), inside[0], logits], a["learning"]))
+            decoding.append((a["decoding"], a["rollout"]))
+    return {"held, outside, scoring": solved(held), "again, kept": solved(again)} | {
+        "decoding": solved(decoding)
+    }
+
+
+def least_squares(table: list[list[float]]) -> tuple[list[float], float]:
+    """Weights, none negative, that bring every row closest to 1, and the largest distance."""
+    import numpy as np
+
+    a_NW = np.array(table)
+    scale_W = np.linalg.norm(a_NW, axis=0) + 1e-30
+    a_NW /= scale_W
+    gram, aim, w_W = a_NW.T @ a_NW, a_NW.sum(axis=0), np.zeros(a_NW.shape[1])
+    for _ in range(5000):
+        for j in range(len(w_W)):
+            w_W[j] = max(0.0, w_W[j] - (gram[j] @ w_W - aim[j]) / max(gram[j, j], 1e-30))
+    return [round(float(w), 2) for w in w_W / scale_W], float(np.abs(a_NW @ w_W - 1).max())
 
 
 def measured(name: str, again: bool) -> dict[str, Any]:
@@ -83,21 +152,35 @@ def measured(name: str, again: bool) -> dict[str, Any]:
     from mlx_lora import models
     from mlx_lora.adapter.attach import attach, blocks
     from mlx_lora.generate import generate
-    from mlx_lora.memory import foretell, skeleton
+    from mlx_lora.memory import (
+        adapted,
+        cache_of,
+        decoding_arrays,
+        foretell,
+        learning_arrays,
+        merged_copies,
+        sizes_of,
+        skeleton,
+    )
     from mlx_lora.recompute import recomputing
     from mlx_lora.rl.learner import gradients
     from mlx_lora.rl.logprobs import pack
     from mlx_lora.rl.update import rule_of
 
     cpu.settle()
-    shape, (prompt, length, prompts, group) = SHAPES[name]
+    shape, (prompt, length, prompts, group) = ALL[name]
     config = {**COMMON, **shape}
     e = configs.from_text(
         f"{{model: random, method: grpo, task: countdown, batch_size: {prompts},"
         f" grad_checkpoint: {str(again).lower()}, grpo: {{group_size: {group}}},"
         f" rollout: {{max_tokens: {length}}}}}"
     )
-    foretold = foretell(config, e, prompt)
+    foretold, empty = foretell(config, e, prompt), skeleton(config, e)
+    kept, sizes = cache_of(empty), sizes_of(config, empty)
+    inside, logits = learning_arrays(sizes, kept, e, prompt)
+    decoding = decoding_arrays(sizes, kept, e, prompt)
+    adapted(empty, e)
+    merged = merged_copies(empty) if foretold.copies else 0
     mx.random.seed(0)
     model = skeleton(config, e)
     model.freeze()
@@ -113,6 +196,7 @@ def measured(name: str, again: bool) -> dict[str, Any]:
     texts = [" ".join(map(str, rng.integers(1, 700, prompt - i))) for i in range(prompts)]
     found: dict[str, Any] = {"path": cpu.mode(), "shape": name, "grad_checkpoint": again}
     rows: list[Any] = []
+    besides: dict[str, float] = {}
     always = foretold.base + foretold.copies + foretold.adapter
     for part in ("rollout", "learning"):
         for _ in range(2):
@@ -130,7 +214,9 @@ def measured(name: str, again: bool) -> dict[str, Any]:
         wanted, got = always + getattr(foretold, part), mx.get_peak_memory()
         found |= {f"{part}_foretold_mb": wanted / 1e6, f"{part}_measured_mb": got / 1e6}
         found[f"{part}_error"] = wanted / got - 1
-    return found
+        besides[part] = got - always - (merged if part == "rollout" else 0)
+    arrays = {"layers": sizes.layers, "inside": inside, "logits": logits, "decoding": decoding}
+    return found | {"arrays": arrays | besides}
 
 
 def filled(r: Any, length: int) -> Any:

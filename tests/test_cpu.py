@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_lora import cpu, cpu_layers
-from mlx_lora.adapter.attach import attach, lora_layers
+from mlx_lora import cpu, cpu_layers, models
+from mlx_lora.adapter.attach import attach, lora_layers, switched_off
 from mlx_lora.errors import ConfigError
 from tests.tiny import IDS, tiny
 
@@ -134,3 +134,47 @@ def test_the_switch_is_checked_and_obeyed(monkeypatch):
             text=True,
         )
         assert done.stdout.strip() == mode, done.stderr
+
+
+def adapted(**lora):
+    loaded = models.load("demo")
+    attach(loaded, init="gaussian", init_options={"std": 0.05}, rank=4, **lora)
+    return loaded
+
+
+@pytest.mark.skipif(cpu.mode() not in ("openblas", "numpy"), reason="nothing is merged there")
+class TestMerged:
+    def test_a_merged_adapter_computes_the_same_and_is_gone_afterwards(self):
+        loaded, ids = adapted(), mx.array([[1, 2, 3, 4]])
+        before = models.logits(loaded.model, ids)
+        with cpu.decoding(loaded.model):
+            held = [m for _, m in loaded.model.named_modules() if "_merged" in m.__dict__]
+            inside = models.logits(loaded.model, ids)
+            mx.eval(inside)
+        assert len(held) == len(lora_layers(loaded.model))
+        np.testing.assert_allclose(np.array(inside), np.array(before), atol=2e-4)
+        assert not any("_merged" in m.__dict__ for _, m in loaded.model.named_modules())
+        assert mx.array_equal(models.logits(loaded.model, ids), before)
+
+    def test_a_zero_adapter_stays_bitwise_the_base(self):
+        base, loaded = models.load("demo"), models.load("demo")
+        attach(loaded)
+        ids = mx.array([[1, 2, 3, 4]])
+        with cpu.decoding(loaded.model):
+            found = models.logits(loaded.model, ids)
+            mx.eval(found)
+        assert mx.array_equal(found, models.logits(base.model, ids))
+
+    def test_what_is_too_large_or_drops_or_is_off_is_not_merged(self, monkeypatch):
+        def merged(loaded):
+            with cpu.decoding(loaded.model):
+                return sum("_merged" in m.__dict__ for _, m in loaded.model.named_modules())
+
+        dropping = adapted(dropout=0.5)
+        dropping.model.train()
+        assert merged(dropping) == 0
+        loaded = adapted()
+        with switched_off(loaded.model):
+            assert merged(loaded) == 0
+        monkeypatch.setattr("mlx_lora.cpu_layers.MERGED_BYTES", 1)
+        assert merged(loaded) == 0
