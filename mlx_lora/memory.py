@@ -3,8 +3,8 @@
 Sizes of parameters, adapter, optimizer and caches are exact: the model is built without evaluating
 it, so that its arrays have shapes and no contents. What a step computes in between is a sum over
 arrays of these shapes, with weights fitted to measured peaks of small models on each CPU path
-(scripts/memory_plan.py fits them, and compares with what other shapes took); a GPU is taken for the plain path. It is
-for the worst case, in which every completion is as long as it may be.
+(scripts/memory_plan.py fits them, and compares with what other shapes took); a GPU is taken for the
+plain path. It is for the worst case, in which every completion is as long as it may be.
 """
 
 import math

@@ -2,8 +2,8 @@
 
 Three random models whose shapes the plan was not fitted to, each a GRPO step's rollout, in which a
 third of the rows end early, and the gradient with every completion at its longest; in a process of
-its own on each CPU path, with and without grad_checkpoint. `--fit` prints the weights of arrays that
-memory.py should hold, from other shapes. Writes figures/memory_plan.json.
+its own on each CPU path, with and without grad_checkpoint. Writes figures/memory_plan.json. `--fit`
+prints the weights of arrays that memory.py should hold, from other shapes.
 """
 
 import argparse
@@ -152,16 +152,7 @@ def measured(name: str, again: bool) -> dict[str, Any]:
     from mlx_lora import models
     from mlx_lora.adapter.attach import attach, blocks
     from mlx_lora.generate import generate
-    from mlx_lora.memory import (
-        adapted,
-        cache_of,
-        decoding_arrays,
-        foretell,
-        learning_arrays,
-        merged_copies,
-        sizes_of,
-        skeleton,
-    )
+    from mlx_lora.memory import foretell, skeleton
     from mlx_lora.recompute import recomputing
     from mlx_lora.rl.learner import gradients
     from mlx_lora.rl.logprobs import pack
@@ -175,12 +166,8 @@ def measured(name: str, again: bool) -> dict[str, Any]:
         f" grad_checkpoint: {str(again).lower()}, grpo: {{group_size: {group}}},"
         f" rollout: {{max_tokens: {length}}}}}"
     )
-    foretold, empty = foretell(config, e, prompt), skeleton(config, e)
-    kept, sizes = cache_of(empty), sizes_of(config, empty)
-    inside, logits = learning_arrays(sizes, kept, e, prompt)
-    decoding = decoding_arrays(sizes, kept, e, prompt)
-    adapted(empty, e)
-    merged = merged_copies(empty) if foretold.copies else 0
+    foretold = foretell(config, e, prompt)
+    arrays, merged = arrays_of(config, e, prompt)
     mx.random.seed(0)
     model = skeleton(config, e)
     model.freeze()
@@ -196,7 +183,6 @@ def measured(name: str, again: bool) -> dict[str, Any]:
     texts = [" ".join(map(str, rng.integers(1, 700, prompt - i))) for i in range(prompts)]
     found: dict[str, Any] = {"path": cpu.mode(), "shape": name, "grad_checkpoint": again}
     rows: list[Any] = []
-    besides: dict[str, float] = {}
     always = foretold.base + foretold.copies + foretold.adapter
     for part in ("rollout", "learning"):
         for _ in range(2):
@@ -214,9 +200,22 @@ def measured(name: str, again: bool) -> dict[str, Any]:
         wanted, got = always + getattr(foretold, part), mx.get_peak_memory()
         found |= {f"{part}_foretold_mb": wanted / 1e6, f"{part}_measured_mb": got / 1e6}
         found[f"{part}_error"] = wanted / got - 1
-        besides[part] = got - always - (merged if part == "rollout" else 0)
-    arrays = {"layers": sizes.layers, "inside": inside, "logits": logits, "decoding": decoding}
-    return found | {"arrays": arrays | besides}
+        arrays[part] = got - always - (merged if part == "rollout" else 0)
+    return found | {"arrays": arrays}
+
+
+def arrays_of(config: dict[str, Any], e: Any, prompt: int) -> tuple[dict[str, Any], int]:
+    """Sizes of the arrays that the plan weighs, and of merged copies, in bytes."""
+    from mlx_lora import memory
+
+    model = memory.skeleton(config, e)
+    kept, sizes = memory.cache_of(model), memory.sizes_of(config, model)
+    copies = memory.dense_copies(model)
+    inside, logits = memory.learning_arrays(sizes, kept, e, prompt)
+    decoding = memory.decoding_arrays(sizes, kept, e, prompt)
+    memory.adapted(model, e)
+    found = {"layers": sizes.layers, "inside": inside, "logits": logits, "decoding": decoding}
+    return found, memory.merged_copies(model) if copies else 0
 
 
 def filled(r: Any, length: int) -> Any:

@@ -100,10 +100,10 @@ def chunk(
         def summed_vjp(primals, cotangent, output):
             return slopes_NV
 
-        return summed(logits_NV), (logps_N, entropy_N)
+        value: Any = summed(logits_NV)
+        return value, (logps_N, entropy_N)
 
     if not gradient:
         return token_scores(logits_of(hidden_ND), targets_N)[:2]
-    graded: Any = mx.value_and_grad(total)(hidden_ND)
-    (_, (logps_N, entropy_N)), slopes_ND = graded
+    (_, (logps_N, entropy_N)), slopes_ND = mx.value_and_grad(total)(hidden_ND)
     return logps_N, entropy_N, slopes_ND
