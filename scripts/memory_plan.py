@@ -176,11 +176,10 @@ def measured(name: str, again: bool) -> dict[str, Any]:
     cpu.accelerate(model)
     attach(model, rank=e.lora_parameters.rank, keys=e.lora_parameters.keys)
     mx.eval(model(mx.array([[1, 2]])))  # the dense copies are made at first use
-    loaded = models.Loaded(
-        model, Words(config["vocab_size"] // (2 * length)), config, "random", Path("random"), False
-    )
+    ending = config["vocab_size"] // (2 * length) if name in SHAPES else 0
+    loaded = models.Loaded(model, Words(ending), config, "random", Path("random"), False)
     rng = np.random.default_rng(0)
-    texts = [" ".join(map(str, rng.integers(1, 700, prompt - i))) for i in range(prompts)]
+    texts = [" ".join(map(str, rng.integers(1, 500, prompt - i))) for i in range(prompts)]
     found: dict[str, Any] = {"path": cpu.mode(), "shape": name, "grad_checkpoint": again}
     rows: list[Any] = []
     always = foretold.base + foretold.copies + foretold.adapter
