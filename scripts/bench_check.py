@@ -122,7 +122,7 @@ def draw(rows: dict[str, dict[str, float]]) -> None:
     axes.axvline(2, color="firebrick", ls="--", lw=1)
     axes.set_xlabel("seconds, whole process (median)")
     axes.set_title("mlx-lora check demo, and the least it could cost")
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(OUT.with_suffix(".png"))
 

@@ -189,6 +189,15 @@ def test_every_gate_speaks_at_its_boundary(name, measured, expect, verdict):
     assert gates[name](measured, expect, init).verdict == verdict
 
 
+def test_an_update_that_is_lost_in_rounding_is_no_harmless_start():
+    """Equal to the bit by luck of this machine's rounding: never better than warn."""
+    lost = replace(GOOD, b_norm=1e-6)
+    assert gates["identity"](lost, "same", "gaussian (std=1e-06)").verdict == "warn"
+    assert gates["identity"](lost, "same", "split_support").verdict == "pass"
+    assert gates["identity"](lost, "same", None).verdict == "pass"
+    assert gates["identity"](GOOD, "same", "gaussian (std=0.0)").verdict == "pass"
+
+
 def test_every_gate_is_tested_quiet_and_speaking():
     for name in gates:
         said = {verdict for n, _, _, verdict in SPEAK if n == name}
