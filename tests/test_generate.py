@@ -441,3 +441,11 @@ def test_a_look_at_the_stop_decodes_a_bounded_tail():
 
     closes = closing(Watching(), frozenset(), ["</answer>"])
     assert not closes([6] * 5000 + [3]) and 0 < longest < 40
+
+
+def test_a_long_completion_never_draws_the_same_numbers_again():
+    key = row_key("rollout", 0, 0, 0, 0)
+    places = list(range(3 * BLOCK))
+    drawn = np.array([uniforms([key], [t])[0] for t in places])
+    assert len(np.unique(drawn)) == len(places)
+    np.testing.assert_array_equal(drawn[BLOCK : 2 * BLOCK], uniform_block(key, 1))

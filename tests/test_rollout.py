@@ -109,3 +109,16 @@ def test_the_options_of_a_file_are_those_of_a_rollout(loaded, task):
     assert RolloutOptions.model_validate({"stop": None}).stop is None
     with pytest.raises(ValueError, match="at least 1 character"):
         RolloutOptions.model_validate({"stop": [""]})
+
+
+def test_another_purpose_draws_other_texts(loaded, task):
+    samples = task.load("train", 4, 0)
+    texts = [
+        [
+            r.text
+            for g in rollout(loaded, task, samples, purpose=purpose, **OPTIONS)
+            for r in g.rollouts
+        ]
+        for purpose in ("rollout", "rollout", "evaluate")
+    ]
+    assert texts[0] == texts[1] != texts[2]
