@@ -103,7 +103,7 @@ def settle() -> None:
 
 def follow(model: Any) -> None:
     """Give newly attached LoRA layers the fast product where the layers under them have it."""
-    if mode() in ("openblas", "numpy"):
+    if fast():
         for _, module in model.named_modules():
             if hasattr(module, "lora_a") and type(module) in fast_classes():
                 module.__class__ = fast_classes()[type(module)]
@@ -115,7 +115,7 @@ def accelerate(model: Any) -> int:
     Returns how many layers changed: none on a GPU, in low precision, or where the dense copies
     would take too much memory.
     """
-    if mode() not in ("openblas", "numpy"):
+    if not fast():
         return 0
     import mlx.core as mx
     import mlx.nn as nn
@@ -140,7 +140,7 @@ def accelerate(model: Any) -> int:
 @contextlib.contextmanager
 def decoding(model: Any) -> Iterator[None]:
     """Inside, adapters are merged into dense copies where there are such: no gradient flows."""
-    if mode() not in ("openblas", "numpy"):
+    if not fast():
         yield
         return
     from mlx_lora.cpu_layers import merged

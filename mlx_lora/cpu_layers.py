@@ -6,7 +6,7 @@ an element on this path and NumPy's 1.3.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -264,6 +264,11 @@ class NumpyQuantizedEmbedding(nn.QuantizedEmbedding):
         return numpy_matmul(x, view(dense(self)))
 
 
+def merged_bytes(layers: Sequence[Any]) -> int:
+    """Of the matrices that these LoRA layers would be merged into."""
+    return sum(4 * m.lora_a.shape[0] * m.lora_b.shape[1] for m in layers)
+
+
 @contextlib.contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
     """Inside, accelerated LoRA layers multiply by one matrix, W + scale · (A B)ᵀ: for decoding.
@@ -271,9 +276,8 @@ def merged(model: nn.Module) -> Iterator[None]:
     Without gradients. Only where the copies are small; they are gone afterwards.
     """
     layers: list[Any] = [m for _, m in model.named_modules() if isinstance(m, MERGING)]
-    bytes_needed = sum(4 * m.lora_a.shape[0] * m.lora_b.shape[1] for m in layers)
     try:
-        for layer in layers if bytes_needed <= MERGED_BYTES else ():
+        for layer in layers if merged_bytes(layers) <= MERGED_BYTES else ():
             inner = layer.linear
             apart = drops(layer) or float(np.array(layer.scale)) == 0
             if apart or not isinstance(inner, FAST_LINEARS):

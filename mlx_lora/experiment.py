@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from mlx_lora.errors import ConfigError, RunError
 from mlx_lora.models import Loaded
 from mlx_lora.prepare import CheckFailed, Prepared, prepare
 from mlx_lora.rl import checkpoints, grpo
-from mlx_lora.rl.evaluate import evaluate, sentence
+from mlx_lora.rl.evaluate import examination, sentence
 from mlx_lora.rl.prompts import refuse_unfit
 from mlx_lora.runlog import STATUS, Clock, RunLog, environment, plot
 from mlx_lora.spectral.report import LoRAAnalyzer, write
@@ -213,15 +212,7 @@ def evaluation(
     if not pairs:
         return None
     e, task = pairs[-1]
-    return partial(
-        evaluate,
-        loaded,
-        task,
-        n=e.eval.n,
-        max_tokens=e.rollout.max_tokens,
-        stop=e.rollout.stop,
-        reward_seconds=e.rollout.reward_seconds,
-    )
+    return examination(loaded, task, e)
 
 
 def measured(

@@ -21,7 +21,7 @@ from mlx_lora import cpu
 from mlx_lora.adapter.attach import blocks, expand_keys, to_lora_layers
 from mlx_lora.blocks import Quantize
 from mlx_lora.caches import GROWTH
-from mlx_lora.cpu_layers import MERGED_BYTES
+from mlx_lora.cpu_layers import MERGED_BYTES, merged_bytes
 from mlx_lora.errors import ModelError
 from mlx_lora.models import DEMO, DEMO_QUANTIZATION, new_cache
 from mlx_lora.optimizers import optimizer_of
@@ -245,7 +245,7 @@ def cache_of(model: nn.Module) -> Cache:
 
 def dense_copies(model: nn.Module) -> int:
     """Bytes that `cpu.accelerate` will add: none where they would be too large, or on a GPU."""
-    if cpu.mode() not in ("openblas", "numpy"):
+    if not cpu.fast():
         return 0
     named = dict(model.named_modules())
     separate = any(name.endswith("lm_head") for name in named)
@@ -283,8 +283,7 @@ def sizes_of(config: Mapping[str, Any], model: nn.Module) -> Sizes:
 
 def merged_copies(model: nn.Module) -> int:
     """Bytes of the adapted matrices that the CPU's fast path merges while rows decode."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    found = sum(4 * m.lora_a.shape[0] * m.lora_b.shape[1] for m in layers)
+    found = merged_bytes([m for m in model.modules() if isinstance(m, LoRALinear)])
     return found if found <= MERGED_BYTES else 0
 
 

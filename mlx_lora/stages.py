@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from mlx_lora.progress import watch
 from mlx_lora.recorder import Recorder
 from mlx_lora.rl import checkpoints, grpo
 from mlx_lora.rl.checkpoints import Snapshot
-from mlx_lora.rl.evaluate import evaluate
+from mlx_lora.rl.evaluate import examination
 from mlx_lora.rl.rejection import harvest
 from mlx_lora.runlog import STATUS, Clock, RunLog, State
 from mlx_lora.schema import Experiment, Stage
@@ -206,8 +205,7 @@ def exam(e: Stage, prepared: Prepared, task: Task | None) -> Callable[[], dict[s
     """What measures the model while it trains; None where it is not asked for."""
     if task is None or not e.eval.every:
         return None
-    options = {"n": e.eval.n, "max_tokens": e.rollout.max_tokens, "stop": e.rollout.stop}
-    return partial(evaluate, prepared.loaded, task, **options)
+    return examination(prepared.loaded, task, e)
 
 
 def follow(

@@ -5,11 +5,12 @@ import json
 import mlx.core as mx
 import pytest
 
-from mlx_lora import config, experiment
+from mlx_lora import config, experiment, stages
 from mlx_lora.adapter import files
 from mlx_lora.contest import Contest
 from mlx_lora.errors import ConfigError
 from mlx_lora.progress import console
+from mlx_lora.rl import evaluate as evaluating
 from mlx_lora.runlog import Clock, RunLog
 
 YAML = """
@@ -75,12 +76,14 @@ def run(folder, text, **options):
 
 def test_a_run_that_does_not_improve_stops_with_its_best_adapter_kept(tmp_path, monkeypatch):
     accuracies = iter([0.1, 0.5, 0.3, 0.2])
-    real = experiment.evaluate
+    real = evaluating.evaluate
 
     def told(*args, **options):
         return real(*args, **options) | {"accuracy": next(accuracies)}
 
-    monkeypatch.setattr("mlx_lora.stages.evaluate", told)
+    monkeypatch.setattr(
+        stages, "examination", lambda loaded, task, e: lambda: told(loaded, task, n=e.eval.n)
+    )
     summary = run(tmp_path / "run", YAML)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4 and summary["best"]["step"] == 1

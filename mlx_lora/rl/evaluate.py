@@ -3,12 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mlx_lora.models import Loaded
 from mlx_lora.rl.rollout import rollout
+from mlx_lora.schema import Stage
 from mlx_lora.types import CORRECT, SCORED, Group, Reward, Sample, Task
 
 Heard = Callable[[float, Sequence[Group]], None]  # (temperature, groups)
@@ -39,6 +41,19 @@ def evaluate(
     sampled = judge(loaded, task, samples, max_tokens, 1.0, seed, group=group, **options)
     heard(1.0, sampled)
     return summed_up([g.rewards[0] for g in greedy], [g.rewards for g in sampled])
+
+
+def examination(loaded: Loaded, task: Task, e: Stage) -> Callable[[], dict[str, Any]]:
+    """The evaluation that a stage asks for, to be made whenever it is called."""
+    return partial(
+        evaluate,
+        loaded,
+        task,
+        n=e.eval.n,
+        max_tokens=e.rollout.max_tokens,
+        stop=e.rollout.stop,
+        reward_seconds=e.rollout.reward_seconds,
+    )
 
 
 def judge(

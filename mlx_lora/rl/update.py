@@ -101,7 +101,8 @@ def update(
     norms: Mapping[str, float] = {}
     for rows in minibatches(len(packed.prompt_of_B), e, step):
         whole = Whole(len(rows), tokens_of(packed, rows), rule.max_tokens)
-        places = [place for place, row in enumerate(own) if row in set(rows)]
+        wanted = set(rows)
+        places = [place for place, row in enumerate(own) if row in wanted]
         with recomputing(blocks(model), on=e.grad_checkpoint):
             measured, grads = shared(model, mine, rule, fixed, places, whole)
         if not found and (step + 1) % e.monitor.every == 0:
@@ -134,10 +135,11 @@ def shared(
     whole: Whole,
 ) -> tuple[Arrays, Any]:
     """Metrics and gradients of an update: those of the rows at `places`, and of other machines."""
-    measured, grads = None, tree_map(mx.zeros_like, model.trainable_parameters())
     if places:
         part, known = some_of(mine, fixed, places)
         measured, grads = gradients(model, part, rule, known, whole)
+    else:
+        measured, grads = None, tree_map(mx.zeros_like, model.trainable_parameters())
     if distributed.size() > 1:
         said = distributed.everybody(measured and {k: v.item() for k, v in measured.items()})
         measured = combined([{k: mx.array(v) for k, v in m.items()} for m in said if m])
