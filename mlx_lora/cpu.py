@@ -121,6 +121,7 @@ def accelerate(model: Any) -> int:
     import mlx.nn as nn
 
     from mlx_lora.cpu_attention import hasten_attention
+    from mlx_lora.cpu_block import hasten_block
     from mlx_lora.cpu_layers import hasten_mlp
 
     layers = [m for _, m in model.named_modules() if type(m) in fast_classes()]
@@ -134,18 +135,24 @@ def accelerate(model: Any) -> int:
     gated = [m for _, m in model.named_modules() if "gate_proj" in m]
     attentive = [m for _, m in model.named_modules() if "q_proj" in m]
     hastened = [*map(hasten_mlp, gated), *map(hasten_attention, attentive)]
+    for _, module in model.named_modules():
+        hasten_block(module)
     return len(layers) + sum(hastened)
 
 
 @contextlib.contextmanager
 def decoding(model: Any) -> Iterator[None]:
-    """Inside, adapters are merged into dense copies where there are such: no gradient flows."""
+    """Inside, adapters are merged into dense copies and blocks take one step where that is known.
+
+    No gradient flows.
+    """
     if not fast():
         yield
         return
+    from mlx_lora.cpu_block import fused
     from mlx_lora.cpu_layers import merged
 
-    with merged(model):
+    with merged(model), fused(model):
         yield
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_lora.models import dense_weight, in_dims
+from mlx_lora.numerics import BELOW
 from mlx_lora.recompute import untraced
 
 MERGED_BYTES = 1 << 28  # of all merged matrices together
@@ -110,6 +111,14 @@ def log_softmax(x: mx.array) -> mx.array:
 def log_softmax_vjp(primals, cotangent, output):
     g = view(cotangent)
     return mx.array(g - np.exp(view(output)) * g.sum(axis=-1, keepdims=True))
+
+
+def drawn(logps_BV: mx.array, uniform_B: mx.array) -> tuple[mx.array, mx.array]:
+    """See numerics.drawn."""
+    cdf_BV = np.cumsum(np.exp(view(logps_BV)), axis=-1)
+    aim_B1 = view(uniform_B)[:, None] * cdf_BV[:, -1:] * np.float32(BELOW)
+    ids_B = np.count_nonzero(cdf_BV <= aim_B1, axis=-1).astype(np.uint32)
+    return mx.array(ids_B), mx.array(view(logps_BV)[np.arange(len(ids_B)), ids_B])
 
 
 def token_scores(logits_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -257,6 +266,13 @@ class NumpyQuantizedLinear(nn.QuantizedLinear):
         return with_bias(self, numpy_matmul(x, view(dense(self))))
 
 
+class NumpyEmbedding(nn.Embedding):
+    def as_linear(self, x):
+        if x.dtype != mx.float32 or self.weight.dtype != mx.float32 or not frozen(self):
+            return super().as_linear(x)
+        return numpy_matmul(x, view(self.weight))
+
+
 class NumpyQuantizedEmbedding(nn.QuantizedEmbedding):
     def as_linear(self, x):
         if x.dtype != mx.float32:
@@ -331,6 +347,7 @@ TWINS: dict[str, dict[type, type]] = {
     },
     "numpy": {
         nn.Linear: NumpyLinear,
+        nn.Embedding: NumpyEmbedding,
         nn.QuantizedLinear: NumpyQuantizedLinear,
         nn.QuantizedEmbedding: NumpyQuantizedEmbedding,
         nn.RMSNorm: NumpyRMSNorm,

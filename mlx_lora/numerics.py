@@ -6,6 +6,8 @@ import mlx.core as mx
 
 from mlx_lora import cpu
 
+BELOW = 1 - 1e-6  # of a distribution function's last value: the highest aim
+
 
 def log_softmax(logits: mx.array) -> mx.array:
     """Log-probabilities over the last axis. Differentiable.
@@ -37,6 +39,24 @@ def entropy(logps: mx.array) -> mx.array:
     """
     still = mx.stop_gradient(logps)
     return -(exp(still) * still).sum(axis=-1)
+
+
+def drawn(logps_BV: mx.array, uniform_B: mx.array) -> tuple[mx.array, mx.array]:
+    """Ids [B] drawn by the inverse of the distribution function, and their log-probabilities [B].
+
+    The last value of that function is 1 up to rounding; the aim stays below it, so that it never
+    lands on an impossible token.
+
+    >>> [x.tolist() for x in drawn(mx.log(mx.array([[0.5, 0.5]])), mx.array([0.75]))][0]
+    [1]
+    """
+    if cpu.fast():
+        from mlx_lora import cpu_layers
+
+        return cpu_layers.drawn(logps_BV, uniform_B)
+    cdf_BV = mx.cumsum(mx.exp(logps_BV), axis=-1)
+    ids_B = mx.sum(cdf_BV <= uniform_B[:, None] * cdf_BV[:, -1:] * BELOW, axis=-1)
+    return ids_B, mx.take_along_axis(logps_BV, ids_B[:, None], axis=-1)[:, 0]
 
 
 def token_scores(logits_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:

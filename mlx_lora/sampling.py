@@ -7,7 +7,7 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.numerics import exp, log_softmax
+from mlx_lora.numerics import drawn, exp, log_softmax
 
 BLOCK = 64  # uniform numbers drawn at once for a row
 Drawer = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
@@ -46,11 +46,7 @@ def drawer_of(temperature: float, top_p: float = 1.0, top_k: int = 0) -> Drawer:
 
     def inverse_cdf(logits_BV: mx.array, uniform_B: mx.array) -> tuple[mx.array, mx.array]:
         logps_BV = sampling_logps(logits_BV, temperature, top_p, top_k)
-        cdf_BV = mx.cumsum(exp(logps_BV), axis=-1)
-        # the last entry is 1 up to rounding; staying below it never lands on an impossible token
-        aim_B1 = uniform_B[:, None] * cdf_BV[:, -1:] * (1 - 1e-6)
-        ids_B = mx.sum(cdf_BV <= aim_B1, axis=-1)
-        return ids_B, pick(logps_BV, ids_B)
+        return drawn(logps_BV, uniform_B)
 
     return greedy if temperature == 0 else inverse_cdf
 
