@@ -2,15 +2,16 @@
 
 The Linux wheel of MLX carries the reference BLAS; its quantized matmul is as slow. Two ways out:
 
-- `openblas`: a system OpenBLAS is loaded before MLX, whose BLAS calls then resolve to it; frozen
-  quantized layers multiply by a dense copy.
-- `numpy`: no such library: the products of frozen layers, LoRA layers and the output head run in
-  NumPy, whose wheel brings its own OpenBLAS, inside `mx.custom_function` with a hand-written vjp.
+- `numpy`: the products of frozen layers, LoRA layers and the output head, and whole transformer
+  blocks of the usual kind, run in NumPy, whose wheel brings its own OpenBLAS, inside
+  `mx.custom_function` with a hand-written vjp. Frozen quantized layers multiply by a dense copy.
+- `openblas`: the same, and a system OpenBLAS is loaded before MLX, whose own products then resolve
+  to it: what is not of the usual kind is quick too.
 - `plain`: MLX as it comes.
 
-`MLX_LORA_CPU` picks one; unset or `auto` takes the first that works. Logits and gradients equal the
-plain path to 1e-5. Layers keep their class hierarchy, parameters and packed weights: the dense copy
-is a private attribute that is neither trained nor saved.
+`MLX_LORA_CPU` picks one; unset or `auto` takes `openblas` if there is one, else `numpy`. Logits and
+gradients equal the plain path to 1e-5. Layers keep their class hierarchy, parameters and packed
+weights: the dense copy is a private attribute that is neither trained nor saved.
 """
 
 import contextlib
@@ -121,7 +122,7 @@ def accelerate(model: Any) -> int:
     import mlx.nn as nn
 
     from mlx_lora.cpu_attention import hasten_attention
-    from mlx_lora.cpu_block import hasten_block
+    from mlx_lora.cpu_block import hasten_blocks
     from mlx_lora.cpu_layers import hasten_mlp
 
     layers = [m for _, m in model.named_modules() if type(m) in fast_classes()]
@@ -135,8 +136,7 @@ def accelerate(model: Any) -> int:
     gated = [m for _, m in model.named_modules() if "gate_proj" in m]
     attentive = [m for _, m in model.named_modules() if "q_proj" in m]
     hastened = [*map(hasten_mlp, gated), *map(hasten_attention, attentive)]
-    for _, module in model.named_modules():
-        hasten_block(module)
+    hasten_blocks(model)
     return len(layers) + sum(hastened)
 
 
@@ -149,10 +149,10 @@ def decoding(model: Any) -> Iterator[None]:
     if not fast():
         yield
         return
-    from mlx_lora.cpu_block import fused
+    from mlx_lora.cpu_block import stacked
     from mlx_lora.cpu_layers import merged
 
-    with merged(model), fused(model):
+    with merged(model), stacked(model):
         yield
 
 
@@ -165,4 +165,4 @@ def fast_classes() -> dict[type, type]:
     """The layer classes that have a fast twin, for the mode in use."""
     from mlx_lora import cpu_layers
 
-    return cpu_layers.TWINS[_mode]
+    return cpu_layers.TWINS if _mode != "plain" else {}

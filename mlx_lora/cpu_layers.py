@@ -15,10 +15,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
+from mlx_lora.cpu_threads import slices, spread
 from mlx_lora.models import dense_weight, in_dims
 from mlx_lora.numerics import BELOW
 from mlx_lora.recompute import untraced
 
+WORTH = 1 << 22  # multiplications that are worth a thread
+LARGE = 1 << 16  # elements that are worth one
 MERGED_BYTES = 1 << 28  # of all merged matrices together
 SILENT = np.errstate(all="ignore")  # a broken adapter may hold NaN: as silent as MLX is about it
 LINEARS = (nn.Linear, nn.QuantizedLinear)
@@ -42,20 +45,35 @@ def dense(layer: Any) -> mx.array:
     return layer.__dict__["_dense"]
 
 
+def times(x_NI: np.ndarray, weight_IO: np.ndarray) -> np.ndarray:
+    """x @ weight, the rows of a large product shared out over the cores."""
+    y_NO = np.empty((len(x_NI), weight_IO.shape[1]), np.float32)
+
+    @SILENT
+    def part(rows: slice) -> None:
+        np.matmul(x_NI[rows], weight_IO, out=y_NO[rows])
+
+    spread(part, slices(len(x_NI), WORTH // max(1, weight_IO.size)))
+    return y_NO
+
+
 def numpy_matmul(x: mx.array, weight_OI: np.ndarray) -> Any:
     """x @ weight.T in NumPy, differentiable in x."""
 
     @mx.custom_function
-    @SILENT
     def product(x):
-        return mx.array((rows(view(x)) @ weight_OI.T).reshape(*x.shape[:-1], -1))
+        return mx.array(times(rows(view(x)), weight_OI.T).reshape(*x.shape[:-1], -1))
 
     @product.vjp
-    @SILENT
     def product_vjp(primals, cotangent, output):
-        return mx.array((rows(view(cotangent)) @ weight_OI).reshape(primals.shape))
+        return mx.array(times(rows(view(cotangent)), weight_OI).reshape(primals.shape))
 
     return product(x)
+
+
+def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Parts of the rows as one array."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def numpy_lora(
@@ -69,7 +87,7 @@ def numpy_lora(
     def product(x, a, b):
         x_NI = rows(view(x))
         kept["z"] = x_NI @ view(a)
-        y_NO = x_NI @ weight_OI.T
+        y_NO = times(x_NI, weight_OI.T)
         update_NO = kept["z"] @ view(b)
         update_NO *= scale
         y_NO += update_NO
@@ -82,7 +100,7 @@ def numpy_lora(
         g_NO = rows(view(cotangent))
         g_NR = g_NO @ view(b).T
         g_NR *= scale
-        x_bar = g_NO @ weight_OI
+        x_bar = times(g_NO, weight_OI)
         x_bar += g_NR @ view(a).T
         a_bar = rows(view(x)).T @ g_NR
         b_bar = kept["z"].T @ g_NO
@@ -123,16 +141,24 @@ def drawn(logps_BV: mx.array, uniform_B: mx.array) -> tuple[mx.array, mx.array]:
 
 def token_scores(logits_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """See numerics.token_scores."""
-    x_NV, at = view(logits_NV), (np.arange(len(targets_N)), view(targets_N))
-    y_NV = x_NV - x_NV.max(axis=-1, keepdims=True)
-    e_NV = np.exp(y_NV)
-    sum_N = e_NV.sum(axis=-1)
-    logps_N = y_NV[at] - np.log(sum_N)
-    entropy_N = np.log(sum_N) - np.einsum("nv,nv->n", e_NV, y_NV) / sum_N
-    del y_NV
-    e_NV /= -sum_N[:, None]
-    e_NV[at] += 1
-    return mx.array(logps_N), mx.array(entropy_N), mx.array(e_NV)
+    x_NV, all_N = view(logits_NV), view(targets_N)
+
+    @SILENT
+    def part(rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        at = np.arange(rows.stop - rows.start), all_N[rows]
+        y_NV = x_NV[rows] - x_NV[rows].max(axis=-1, keepdims=True)
+        e_NV = np.exp(y_NV)
+        sum_N = e_NV.sum(axis=-1)
+        logps_N = y_NV[at] - np.log(sum_N)
+        entropy_N = np.log(sum_N) - np.einsum("nv,nv->n", e_NV, y_NV) / sum_N
+        del y_NV
+        e_NV /= -sum_N[:, None]
+        e_NV[at] += 1
+        return logps_N, entropy_N, e_NV
+
+    parts = spread(part, slices(len(x_NV), LARGE // x_NV.shape[1]))
+    logps_N, entropy_N, slopes_NV = map(joined, zip(*parts, strict=True))
+    return mx.array(logps_N), mx.array(entropy_N), mx.array(slopes_NV)
 
 
 def rms_norm(x: mx.array, weight_D: mx.array, eps: float) -> Any:
@@ -205,14 +231,14 @@ def swiglu_twin(parent: type) -> type:
             return parent.__call__(self, x)
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
-    return type(f"Fast{parent.__name__}", (parent,), {"__call__": call})
+    return type(f"Fast{parent.__name__}", (parent,), {"__call__": call, "_parent": parent})
 
 
 def hasten_mlp(module: Any) -> bool:
     """Make a gated MLP fast if it is the usual kind: tried on an input, believed if it agrees."""
     parent = type(module)
     parts = all(isinstance(module.get(n), LINEARS) for n in ("gate_proj", "up_proj", "down_proj"))
-    if not parts or parent.__name__.startswith("Fast"):
+    if not parts or hasattr(parent, "_parent"):
         return False
     gate = module.gate_proj
     x = mx.random.normal((1, 2, in_dims(gate)), key=mx.random.key(0))
@@ -238,18 +264,6 @@ def frozen(layer: nn.Module) -> bool:
 
 def with_bias(layer: Any, y: mx.array) -> mx.array:
     return y + layer.bias if "bias" in layer else y
-
-
-class OpenBlasQuantizedLinear(nn.QuantizedLinear):
-    def __call__(self, x):
-        if x.dtype != mx.float32:
-            return super().__call__(x)
-        return with_bias(self, x @ dense(self).T)
-
-
-class OpenBlasQuantizedEmbedding(nn.QuantizedEmbedding):
-    def as_linear(self, x):
-        return x @ dense(self).T if x.dtype == mx.float32 else super().as_linear(x)
 
 
 class NumpyLinear(nn.Linear):
@@ -291,7 +305,7 @@ def merged(model: nn.Module) -> Iterator[None]:
 
     Without gradients. Only where the copies are small; they are gone afterwards.
     """
-    layers: list[Any] = [m for _, m in model.named_modules() if isinstance(m, MERGING)]
+    layers: list[Any] = [m for _, m in model.named_modules() if isinstance(m, NumpyLoRALinear)]
     try:
         for layer in layers if merged_bytes(layers) <= MERGED_BYTES else ():
             inner = layer.linear
@@ -314,13 +328,6 @@ def drops(layer: Any) -> bool:
     return layer.dropout.training and layer.dropout._p_1 < 1
 
 
-class OpenBlasLoRALinear(LoRALinear):
-    def __call__(self, x):
-        if "_merged" not in self.__dict__ or x.dtype != mx.float32:
-            return super().__call__(x)
-        return with_bias(self.linear, x @ self.__dict__["_merged"].T)
-
-
 class NumpyLoRALinear(LoRALinear):
     def __call__(self, x):
         if "_merged" in self.__dict__ and x.dtype == mx.float32:
@@ -336,21 +343,12 @@ class NumpyLoRALinear(LoRALinear):
         return with_bias(self.linear, y)
 
 
-FAST_LINEARS = (nn.Linear, NumpyQuantizedLinear, OpenBlasQuantizedLinear)
-MERGING = (OpenBlasLoRALinear, NumpyLoRALinear)
-TWINS: dict[str, dict[type, type]] = {
-    "openblas": {
-        nn.QuantizedLinear: OpenBlasQuantizedLinear,
-        nn.QuantizedEmbedding: OpenBlasQuantizedEmbedding,
-        nn.RMSNorm: NumpyRMSNorm,
-        LoRALinear: OpenBlasLoRALinear,
-    },
-    "numpy": {
-        nn.Linear: NumpyLinear,
-        nn.Embedding: NumpyEmbedding,
-        nn.QuantizedLinear: NumpyQuantizedLinear,
-        nn.QuantizedEmbedding: NumpyQuantizedEmbedding,
-        nn.RMSNorm: NumpyRMSNorm,
-        LoRALinear: NumpyLoRALinear,
-    },
+FAST_LINEARS = (nn.Linear, NumpyQuantizedLinear)
+TWINS: dict[type, type] = {
+    nn.Linear: NumpyLinear,
+    nn.Embedding: NumpyEmbedding,
+    nn.QuantizedLinear: NumpyQuantizedLinear,
+    nn.QuantizedEmbedding: NumpyQuantizedEmbedding,
+    nn.RMSNorm: NumpyRMSNorm,
+    LoRALinear: NumpyLoRALinear,
 }

@@ -56,7 +56,7 @@ def memory_gb() -> float | None:
 def advice() -> list[str]:
     """What would make this machine better, though nothing is wrong."""
     found = {
-        "numpy": "Install OpenBLAS (Debian, Ubuntu: libopenblas0-pthread): training is quicker.",
+        "numpy": "Install OpenBLAS (Debian: libopenblas0-pthread): unusual models are quicker.",
         "plain": "MLX_LORA_CPU=plain is set: unset it, this is the slow path.",
     }
     return [found[cpu.mode()]] if cpu.mode() in found else []

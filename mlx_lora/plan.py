@@ -15,6 +15,7 @@ from mlx_lora.config import Experiment, Stage
 from mlx_lora.data import files_of, rows_of, training_texts
 from mlx_lora.errors import ModelError
 from mlx_lora.experiment import task_name, validated
+from mlx_lora.footprint import watched
 from mlx_lora.memory import told
 from mlx_lora.models import Loaded, encode_prompt
 from mlx_lora.optimizers import optimizer_of
@@ -109,13 +110,13 @@ def counts(e: Stage) -> dict[str, Any]:
 
 
 def cost(loaded: Loaded, e: Stage, task: Task | None) -> dict[str, Any]:
-    mx.reset_peak_memory()
-    if e.method == "sft":
-        found = cost_of_sft(loaded, e, task)
-    else:
-        assert task is not None, "the config requires a task for RL"
-        found = cost_of_grpo(loaded, e, task)
-    return found | {"peak_memory_mb": round(mx.get_peak_memory() / 1e6)}
+    with watched() as peak:
+        if e.method == "sft":
+            found = cost_of_sft(loaded, e, task)
+        else:
+            assert task is not None, "the config requires a task for RL"
+            found = cost_of_grpo(loaded, e, task)
+        return found | {"peak_memory_mb": round(peak() / 1e6)}
 
 
 def cost_of_grpo(loaded: Loaded, e: Stage, task: Task) -> dict[str, Any]:

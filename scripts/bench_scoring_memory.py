@@ -159,22 +159,17 @@ def timed(step: Any, repeats: int) -> tuple[Any, float]:
 
 
 def peaks(step: Any) -> dict[str, float]:
-    """MB above what was there, by MLX's count and by NumPy's."""
-    import tracemalloc
-
+    """MB above what was there: MLX's arrays, and MLX's and NumPy's together."""
     import mlx.core as mx
 
+    from mlx_lora.footprint import counted
+
+    both = counted(lambda: mx.eval(step()))
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    tracemalloc.start()
     mx.eval(step())
-    numpy_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return {
-        "peak_mb": (mx.get_peak_memory() - before) / 1e6,
-        "numpy_mb": numpy_bytes / 1e6,
-    }
+    return {"peak_mb": both / 1e6, "mlx_mb": (mx.get_peak_memory() - before) / 1e6}
 
 
 def draw(rows: list[dict[str, Any]]) -> None:

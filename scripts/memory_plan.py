@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 OUT = Path(__file__).resolve().parents[1] / "figures/memory_plan.json"
-PATHS, TWO = ("openblas", "numpy", "plain"), ("false", "true")
+PATHS, TWO = ("numpy", "plain"), ("false", "true")
 SHAPES = {  # config, prompt, completion, prompts, group
     "qwen3, wide": (
         {"model_type": "qwen3", "hidden_size": 320, "num_hidden_layers": 3, "vocab_size": 3000,
@@ -150,13 +150,9 @@ def measured(name: str, again: bool) -> dict[str, Any]:
 
     from mlx_lora import config as configs
     from mlx_lora import models
-    from mlx_lora.adapter.attach import attach, blocks
-    from mlx_lora.generate import generate
+    from mlx_lora.adapter.attach import attach
+    from mlx_lora.footprint import counted
     from mlx_lora.memory import foretell, skeleton
-    from mlx_lora.recompute import recomputing
-    from mlx_lora.rl.learner import gradients
-    from mlx_lora.rl.logprobs import pack
-    from mlx_lora.rl.update import rule_of
 
     cpu.settle()
     shape, (prompt, length, prompts, group) = ALL[name]
@@ -181,26 +177,43 @@ def measured(name: str, again: bool) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     texts = [" ".join(map(str, rng.integers(1, 500, prompt - i))) for i in range(prompts)]
     found: dict[str, Any] = {"path": cpu.mode(), "shape": name, "grad_checkpoint": again}
-    rows: list[Any] = []
     always = foretold.base + foretold.copies + foretold.adapter
-    for part in ("rollout", "learning"):
-        for _ in range(2):
-            mx.reset_peak_memory()
-            if part == "rollout":
-                options = {"group": group, "max_tokens": length, "purpose": "rollout"}
-                rows = generate(loaded, texts, width=e.rollout.width, **options)
-            else:
-                longest = max(len(r.ids) for rows_G in rows for r in rows_G)
-                assert longest == length, "the plan is for the longest"
-                flat = [filled(r, length) for rows_G in rows for r in rows_G]
-                packed = pack(flat, np.ones(len(flat)))
-                with recomputing(blocks(model), on=again):
-                    mx.eval(gradients(model, packed, rule_of(e)))
-        wanted, got = always + getattr(foretold, part), mx.get_peak_memory()
+    for part, work in works(loaded, e, texts, length).items():
+        work()
+        wanted, got = always + getattr(foretold, part), mx.get_active_memory() + counted(work)
         found |= {f"{part}_foretold_mb": wanted / 1e6, f"{part}_measured_mb": got / 1e6}
         found[f"{part}_error"] = wanted / got - 1
         arrays[part] = got - always - (merged if part == "rollout" else 0)
     return found | {"arrays": arrays}
+
+
+def works(loaded: Any, e: Any, texts: list[str], length: int) -> dict[str, Any]:
+    """The two parts of a step, the second on what the first has sampled."""
+    import mlx.core as mx
+    import numpy as np
+
+    from mlx_lora.adapter.attach import blocks
+    from mlx_lora.generate import generate
+    from mlx_lora.recompute import recomputing
+    from mlx_lora.rl.learner import gradients
+    from mlx_lora.rl.logprobs import pack
+    from mlx_lora.rl.update import rule_of
+
+    rows: list[Any] = []
+
+    def rollout() -> None:
+        options = {"group": e.grpo.group_size, "max_tokens": length, "purpose": "rollout"}
+        rows[:] = generate(loaded, texts, width=e.rollout.width, **options)
+
+    def learning() -> None:
+        longest = max(len(r.ids) for rows_G in rows for r in rows_G)
+        assert longest == length, "the plan is for the longest"
+        flat = [filled(r, length) for rows_G in rows for r in rows_G]
+        packed = pack(flat, np.ones(len(flat)))
+        with recomputing(blocks(loaded.model), on=e.grad_checkpoint):
+            mx.eval(gradients(loaded.model, packed, rule_of(e)))
+
+    return {"rollout": rollout, "learning": learning}
 
 
 def arrays_of(config: dict[str, Any], e: Any, prompt: int) -> tuple[dict[str, Any], int]:

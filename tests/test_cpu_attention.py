@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lora import cpu, cpu_attention, models
+from mlx_lora import cpu, cpu_attention, cpu_block, models
 from mlx_lora.cpu_attention import attention, inside, numpy_attention, stock
 
 pytestmark = pytest.mark.skipif(not cpu.active(), reason="the CPU fast path")
@@ -79,10 +79,11 @@ def test_only_an_accelerated_layer_and_only_float32_goes_this_way(monkeypatch):
 
 
 @pytest.mark.skipif(cpu.mode() == "plain", reason="nothing is fast there")
-def test_the_demo_model_uses_it(monkeypatch):
+def test_a_model_whose_blocks_are_unusual_uses_it(monkeypatch):
     calls = []
     real = cpu_attention.numpy_attention
     monkeypatch.setattr(cpu_attention, "numpy_attention", lambda *a: calls.append(1) or real(*a))
+    monkeypatch.setattr(cpu_block, "agrees", lambda *a: False)
     loaded = models.load("demo")
     ids = mx.array([[1, 2, 3, 4]])
     found = models.logits(loaded.model, ids)

@@ -19,8 +19,13 @@ LAYERS = [  # each may import from its own row and from those above it
     ["schema", "conflicts", "config", "tasks"],
     [
         "cpu",
+        "cpu_threads",
         "cpu_layers",
         "cpu_attention",
+        "cpu_block",
+        "cpu_step",
+        "cpu_pass",
+        "footprint",
         "models",
         "bases",
         "distributed",

@@ -268,6 +268,7 @@ import sys
 import mlx_lora, mlx.core as mx, mlx.nn as nn, numpy as np
 from mlx_lora import cpu
 from mlx_lora.adapter.attach import attach, blocks
+from mlx_lora.footprint import counted
 from mlx_lora.recompute import recomputing
 from mlx_lora.rl.logprobs import completion_logps, pack
 from mlx_lora.types import Rollout
@@ -284,11 +285,10 @@ def peak(count):
     packed = pack(rows, np.ones(1))
     def objective(model):
         return completion_logps(model, packed, 1.0)[0].sum()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    with recomputing(blocks(model), on=bool(again)):
-        mx.eval(nn.value_and_grad(model, objective)(model))
-    return mx.get_peak_memory() - before
+    def step():
+        with recomputing(blocks(model), on=bool(again)):
+            mx.eval(nn.value_and_grad(model, objective)(model))
+    return counted(step)
 
 peak(2)
 print(peak(length), peak(3 * length))

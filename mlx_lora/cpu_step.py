@@ -1,0 +1,193 @@
+"""One more token of each row through a block, as one piece of NumPy. No gradient flows.
+
+q, k and v are one product, gate and up another, and the cache is written in place.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import BatchKVCache
+
+from mlx_lora.cpu_attention import as_added
+from mlx_lora.cpu_block import Parts, Product, normed
+from mlx_lora.cpu_layers import SILENT, rows, sigmoid, view
+from mlx_lora.cpu_threads import slices, spread
+
+LEAST = 16  # rows that are worth a thread
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A block's numbers with products of one input as one."""
+
+    parts: Parts
+    qkv: Product
+    gate_up: Product
+
+
+@dataclass(frozen=True)
+class Room:
+    """Keys and values [B, G, S, C] of a cache, and the same memory as NumPy sees it."""
+
+    keys: mx.array
+    values: mx.array
+    keys_BGSC: np.ndarray
+    values_BGSC: np.ndarray
+
+
+rooms: "WeakKeyDictionary[Any, Room]" = WeakKeyDictionary()
+
+
+def stacked(parts: Parts) -> Stacked:
+    return Stacked(parts, joined(parts.attention[:3]), joined(parts.mlp[:2]))
+
+
+def bytes_of(parts: Parts) -> int:
+    """Of what `stacked` makes."""
+    return sum(p.weight_OI.nbytes for p in (*parts.attention[:3], *parts.mlp[:2]))
+
+
+def joined(products: tuple[Product, ...]) -> Product:
+    weight_OI = np.concatenate([p.weight_OI for p in products])
+    if all(p.bias_O is None for p in products):
+        return Product(weight_OI, None)
+    zeros = (np.zeros(len(p.weight_OI), np.float32) for p in products)
+    pairs = zip(products, zeros, strict=True)
+    return Product(
+        weight_OI, np.concatenate([z if p.bias_O is None else p.bias_O for p, z in pairs])
+    )
+
+
+def suits(mask: Any, layer_cache: Any) -> bool:
+    """Whether the cache is in use, and the mask one of whole rows."""
+    if layer_cache is None or layer_cache.keys is None:
+        return False
+    return mask is None or (isinstance(mask, mx.array) and mask.shape[-2] == 1 and mask.ndim != 3)
+
+
+def step(s: Stacked, x_B1D: mx.array, mask: mx.array | None, layer_cache: Any) -> mx.array:
+    """The block's output [B, 1, D] for one more token of each row, which enters the cache."""
+    x_BD, room, here = rows(view(x_B1D)), roomy(layer_cache), count_of(layer_cache)
+    places_B = np.broadcast_to(np.array(layer_cache.offset, np.int32), len(x_BD))
+    seen = None if mask is None else view(mask)
+    added = None if seen is None or seen.all() else as_added(seen)
+    y_BD = np.empty_like(x_BD)
+
+    def part(rows: slice) -> None:
+        mine = added[rows] if added is not None and len(added) > 1 else added
+        kept = room.keys_BGSC[rows, :, : here + 1], room.values_BGSC[rows, :, : here + 1]
+        y_BD[rows] = rows_of_a_step(s, x_BD[rows], places_B[rows].tobytes(), mine, kept)
+
+    spread(part, slices(len(x_BD), LEAST))
+    advance(layer_cache)
+    return mx.array(y_BD[:, None, :])
+
+
+@SILENT
+def rows_of_a_step(
+    s: Stacked,
+    x_BD: np.ndarray,
+    places: bytes,
+    added: np.ndarray | None,
+    kept: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Some rows of a step; their keys and values [B, G, S, C] get what is last in them."""
+    parts, (keys_BGSC, values_BGSC) = s.parts, kept
+    first, second = parts.norms
+    q_BGRC, k_BGC, v_BGC = heads_of(parts, times(normed(x_BD, first), s.qkv))
+    q_BGRC, k_BGC = (turned(x, parts.turns, places) for x in (q_BGRC, k_BGC))
+    keys_BGSC[:, :, -1], values_BGSC[:, :, -1] = k_BGC, v_BGC
+    p_BGRS = q_BGRC @ keys_BGSC.swapaxes(-1, -2)
+    p_BGRS *= np.float32(parts.scale)
+    if added is not None:
+        p_BGRS += added
+    p_BGRS -= p_BGRS.max(axis=-1, keepdims=True)
+    np.exp(p_BGRS, out=p_BGRS)
+    p_BGRS /= p_BGRS.sum(axis=-1, keepdims=True)
+    x_BD = x_BD + times((p_BGRS @ values_BGSC).reshape(len(x_BD), -1), parts.attention[3])
+    y_BF = times(normed(x_BD, second), s.gate_up)
+    middle = len(parts.mlp[0].weight_OI)
+    gate_BF, up_BF = y_BF[:, :middle], y_BF[:, middle:]
+    up_BF *= gate_BF * sigmoid(gate_BF)
+    x_BD += times(up_BF, parts.mlp[2])
+    return x_BD
+
+
+def times(x_BI: np.ndarray, product: Product) -> np.ndarray:
+    y_BO = x_BI @ product.weight_OI.T
+    if product.bias_O is not None:
+        y_BO += product.bias_O
+    return y_BO
+
+
+def heads_of(parts: Parts, y_BO: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries [B, G, H/G, C], keys and values [B, G, C] out of one product, normed."""
+    (h, g), b = parts.heads, len(y_BO)
+    y_BHC = y_BO.reshape(b, h + 2 * g, -1)
+    q_BHC, k_BGC, v_BGC = y_BHC[:, :h], y_BHC[:, h : h + g], y_BHC[:, h + g :]
+    if parts.head_norms:
+        of_q, of_k = parts.head_norms
+        q_BHC, k_BGC = normed(q_BHC, of_q), normed(k_BGC, of_k)
+    return q_BHC.reshape(b, g, h // g, -1), k_BGC, v_BGC
+
+
+def turned(x: np.ndarray, turns: tuple[int, bytes], places: bytes) -> np.ndarray:
+    """Rope on [B, ..., C]: a row's vectors turned by the angles of its place."""
+    half, ones = turns[0] // 2, (1,) * (x.ndim - 2)
+    cos, sin = (angle.reshape(-1, *ones, half) for angle in angles(places, turns[1]))
+    y, a, b = np.empty_like(x), x[..., :half], x[..., half : 2 * half]
+    np.subtract(a * cos, b * sin, out=y[..., :half])
+    np.add(b * cos, a * sin, out=y[..., half : 2 * half])
+    y[..., 2 * half :] = x[..., 2 * half :]
+    return y
+
+
+@lru_cache(maxsize=32)  # every layer of a step asks for the same
+def angles(places: bytes, speeds: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [B, units / 2]."""
+    places_B1 = np.frombuffer(places, np.int32).astype(np.float32)[:, None]
+    angles_BU = places_B1 * np.frombuffer(speeds, np.float32)
+    return np.cos(angles_BU), np.sin(angles_BU)
+
+
+def count_of(layer_cache: Any) -> int:
+    """Tokens of each row in the cache, padding included."""
+    return layer_cache._idx if isinstance(layer_cache, BatchKVCache) else layer_cache.offset
+
+
+def roomy(layer_cache: Any) -> Room:
+    """The cache's memory, with room for one more token.
+
+    A cache is given memory of its own at its first step here, and when it is full; arrays that
+    share it are slices of older tokens, which nothing writes to.
+    """
+    room, here = rooms.get(layer_cache), count_of(layer_cache)
+    if room is None or room.keys is not layer_cache.keys or here == room.keys_BGSC.shape[2]:
+        room = rooms[layer_cache] = enlarged(layer_cache, here)
+        layer_cache.keys, layer_cache.values = room.keys, room.values
+    return room
+
+
+def advance(layer_cache: Any) -> None:
+    """The cache has one more token."""
+    if isinstance(layer_cache, BatchKVCache):
+        layer_cache.offset = mx.array(view(layer_cache.offset) + np.int32(1))
+        layer_cache._idx += 1
+    else:
+        layer_cache.offset += 1
+
+
+def enlarged(layer_cache: Any, tokens: int) -> Room:
+    """A copy of the cache's first tokens with room for `step` more."""
+    copies: list[mx.array] = []
+    for array in (layer_cache.keys, layer_cache.values):
+        b, g, _, c = array.shape
+        wide = np.zeros((b, g, tokens + layer_cache.step, c), np.float32)
+        wide[:, :, :tokens] = view(array)[:, :, :tokens]
+        copies.append(mx.array(wide))
+    keys, values = copies
+    return Room(keys, values, view(keys), view(values))

@@ -1,0 +1,58 @@
+"""Work split over the cores by rows, each part with a BLAS of one thread (see cpu.py).
+
+A BLAS shares out only its products, of small ones not even these, and its threads spin while they
+wait: on a busy machine that costs ten times what it gains. NumPy lets go of the interpreter in
+every large operation, so that plain threads serve for all of the work.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+from threadpoolctl import ThreadpoolController
+
+from mlx_lora.cpu import LIBRARIES
+
+Part = TypeVar("Part")
+Found = TypeVar("Found")
+
+
+@cache
+def workers() -> int:
+    """Threads that NumPy's BLAS was to use: OPENBLAS_NUM_THREADS, or the cores.
+
+    From the first call on, that BLAS has one. The system's, which MLX calls, keeps its own.
+    """
+    blas = ThreadpoolController().select(user_api="blas").lib_controllers
+    numpys = [library for library in blas if Path(library.filepath).name not in LIBRARIES]
+    count = max((library.num_threads for library in numpys), default=1)
+    for library in numpys:
+        library.set_num_threads(1)
+    return count
+
+
+@cache
+def pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers(), thread_name_prefix="mlx-lora")
+
+
+def spread(work: Callable[[Part], Found], parts: Sequence[Part]) -> list[Found]:
+    """`work` of every part, in order: one here, the others in threads."""
+    if len(parts) == 1:
+        return [work(parts[0])]
+    others = [pool().submit(work, part) for part in parts[1:]]
+    return [work(parts[0]), *(other.result() for other in others)]
+
+
+def slices(rows: int, least: int) -> list[slice]:
+    """As many equal parts of some rows as there are workers, none of fewer than `least` rows.
+
+    >>> slices(3, 4)
+    [slice(0, 3, None)]
+    """
+    count = max(1, min(workers(), rows // max(1, least)))
+    edges = [rows * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]
