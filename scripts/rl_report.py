@@ -94,7 +94,7 @@ def sizes_and_times(points: dict[str, Any]) -> tuple[list[int], list[float]]:
 def steps_table(found: dict[str, Any]) -> Lines:
     lines = [
         "| | rollouts | mlx-lm-lora, s | ours, s | ratio | wanted | ours without a reference, s | "
-        "peak memory, theirs and ours, MB |",
+        "memory, theirs and ours, MB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, case in STEPS.items():

@@ -55,6 +55,16 @@ def about(model: Any, prompt_ids: list[list[int]]) -> dict[str, Any]:
     }
 
 
+def resident(kind: str) -> int:
+    """Bytes of memory that this process has (VmRSS), or had at most (VmHWM). 0 where unknown.
+
+    MLX's own count would leave out what NumPy holds.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(kind)), 0)
+
+
 def version(package: str) -> str | None:
     """Of an installed package."""
     try:
@@ -89,15 +99,17 @@ def our_steps(talk: Talk, folder: Path, o: dict[str, Any]) -> None:
         ids = [list(encode_prompt(loaded.tokenizer, p)) for p in setting.prompts()]
         talk.say(about(loaded.model, ids) | {"path": cpu.mode()})
         steps = train(loaded, task, e, optimizer, clock, heard, **more)
+        loaded_at = resident("VmRSS")
         while True:
             talk.asked()
-            mx.reset_peak_memory()
             begin = time.perf_counter()
             yield next(steps)  # what the run does after a step is part of it
             mx.synchronize()
             seconds = time.perf_counter() - begin
             tokens = int(seen["completion_tokens_min"]), int(seen["completion_tokens_max"])
-            talk.say({"seconds": seconds, "tokens": tokens, "memory": mx.get_peak_memory()})
+            talk.say(
+                {"seconds": seconds, "tokens": tokens, "memory": resident("VmHWM") - loaded_at}
+            )
 
     grpo.train = paced
     file = folder / f"run{os.getpid()}.json"  # JSON is YAML
@@ -151,6 +163,7 @@ def peer_steps(talk: Talk, folder: Path, o: dict[str, Any]) -> None:
     dataset = [(tokenizer.encode(text), [0], text, "") for text in texts]
     talk.say(about(model, [list(row[0]) for row in dataset]))
     seen: dict[str, Any] = {}
+    loaded_at = resident("VmRSS")
 
     class Callback:
         def on_train_loss_report(self, info: dict[str, Any]) -> None:
@@ -159,13 +172,14 @@ def peer_steps(talk: Talk, folder: Path, o: dict[str, Any]) -> None:
     def paced(**options: Any) -> Iterator[Any]:
         for batch in peer.iterate_grpo_batches(**options):
             talk.asked()
-            mx.reset_peak_memory()
             begin = time.perf_counter()
             yield batch  # the loop evaluates everything before it wants the next batch
             mx.synchronize()
             seconds = time.perf_counter() - begin
             tokens = [int(seen[f"train_{k}_generated_tokens"]) for k in ("min", "max")]
-            talk.say({"seconds": seconds, "tokens": tokens, "memory": mx.get_peak_memory()})
+            talk.say(
+                {"seconds": seconds, "tokens": tokens, "memory": resident("VmHWM") - loaded_at}
+            )
 
     peer.train_grpo(
         model,

@@ -266,6 +266,20 @@ class TestStep:
         assert mx.array_equal(older[..., :4, :], before)
         assert mx.array_equal(kept.keys[..., :4, :], before)
 
+    def test_a_cache_that_was_given_other_rows_is_read_anew(self):
+        (model, block), _ = pair()
+        outputs = []
+        for swapped in (True, False):
+            kept = batch_cache() if swapped else batch_cache(seed=8)
+            with cpu.decoding(model):
+                if swapped:
+                    mx.eval(block(tokens(length=1), kept.make_mask(1), kept))
+                    other = batch_cache(seed=8)
+                    kept.keys, kept.values, kept.offset, _, kept._idx = other.state
+                outputs.append(block(tokens(length=1), kept.make_mask(1), kept))
+                mx.eval(outputs)
+        assert mx.array_equal(*outputs)
+
     def test_stacked_matrices_are_bounded(self, monkeypatch):
         (model, _), _ = pair()
         monkeypatch.setattr(cpu_block, "STACKED_BYTES", 1)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from mlx_lora.errors import TaskError, near
@@ -31,7 +31,7 @@ def find(target: str) -> Any:
         raise TaskError(f"there is no file {path}", near(file.name, beside) if beside else "")
     module = run(str(file.resolve()), stamp(path))
     if not hasattr(module, name):
-        known = [n for n in vars(module) if not n.startswith("_")]
+        known = [n for n, v in vars(module).items() if isinstance(v, FunctionType)]
         raise TaskError(f"{path} has no {name}", near(name, known))
     return getattr(module, name)
 
