@@ -243,6 +243,7 @@ def named(result: Mapping[str, Any], when: str) -> dict[str, Any]:
         return {}
     return {k.replace("accuracy", f"accuracy_{when}", 1): result[k] for k in stages.ACCURACY} | {
         f"reward_mean_{when}": result["reward_mean"],
+        f"kl_to_base_{when}": result.get("kl_to_base"),
         f"reasons_{when}": result["reasons"],
     }
 
