@@ -18,7 +18,7 @@ from mlx_lora.conflicts import notices
 from mlx_lora.errors import ConfigError, RunError
 from mlx_lora.models import Loaded
 from mlx_lora.prepare import CheckFailed, Prepared, prepare
-from mlx_lora.rl import checkpoints, grpo
+from mlx_lora.rl import checkpoints, es, grpo
 from mlx_lora.rl.evaluate import examination, sentence
 from mlx_lora.rl.prompts import refuse_unfit
 from mlx_lora.runlog import STATUS, Clock, RunLog, environment, plot
@@ -96,7 +96,7 @@ def asked(e: Stage, task: Task) -> list[Sample]:
     if e.rejection_sampling:
         train = task.load("train", e.rejection_sampling.problems, e.seed)
     else:
-        train = grpo.problems(task, grpo.drawn(e), e.seed)
+        train = es.problems(task, e) if e.method == "es" else grpo.problems(task, grpo.drawn(e), e.seed)
     return [*train, *task.load("test", e.eval.n, 0)]
 
 

@@ -22,7 +22,7 @@ from mlx_lora.optimizers import optimizer_of
 from mlx_lora.prepare import CHECK, Prepared, check_again
 from mlx_lora.progress import watch
 from mlx_lora.recorder import Recorder
-from mlx_lora.rl import checkpoints, grpo
+from mlx_lora.rl import checkpoints, es, grpo
 from mlx_lora.rl.checkpoints import Snapshot
 from mlx_lora.rl.evaluate import examination
 from mlx_lora.rl.rejection import harvest
@@ -151,8 +151,10 @@ def train(
         texts, valid, found = lessons(e, prepared, task, log, clock, console)
         e = recorder.e = lasting(e, len(texts))
         loop, inputs, options = sft.train, texts, {"valid": valid}
-    else:
+    elif e.method == "grpo":
         loop, inputs, options = grpo.train, task, {"report_norms": recorder.gradients}
+    else:
+        loop, inputs, options = es.train, task, {"anchor": es.factors(model)}
     start, memory = 0, {}
     if saved := checkpoints.every(log.folder / CHECKPOINTS):
         start = checkpoints.load(saved[-1], model, optimizer)

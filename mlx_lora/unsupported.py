@@ -9,13 +9,17 @@ from mlx_lora.config import resolved
 from mlx_lora.errors import ConfigError
 from mlx_lora.schema import Experiment, Stage
 
-METHODS = ("sft", "grpo")
+METHODS = ("sft", "grpo", "es")
 EVERYWHERE = (
     "report_to", "clear_cache_threshold", "train",
     "test", "lora_parameters.type", "lora_parameters.rank_pattern",
 )  # fmt: skip
 UNUSED = {  # keys that a method does not act on
     "grpo": (*EVERYWHERE, "epochs"),
+    "es": (
+        *EVERYWHERE, "epochs", "batch_size", "learning_rate", "lr_schedule", "scale_schedule",
+        "grad_accumulation_steps", "grad_checkpoint", "lora_parameters.lora_plus_ratio",
+    ),
     "sft": (
         *EVERYWHERE, "grad_accumulation_steps", "hf_dataset", "prompt_feature",
         "completion_feature", "chat_feature", "text_feature", "test_batches",

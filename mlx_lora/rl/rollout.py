@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mlx_lora import distributed
+from mlx_lora.caches import Sit, nobody
 from mlx_lora.generate import WIDTH, generate
 from mlx_lora.models import Loaded
 from mlx_lora.rl.rewards import Scorer
@@ -69,6 +70,7 @@ def sampled(
     numbers: Sequence[int] | None = None,
     purpose: str = "rollout",
     heard: Callable[[int], None] = lambda prompts: None,
+    sit: Sit = nobody,
 ) -> list[Group]:
     """`group` completions of each sample by the model as it stands, scored while others decode.
 
@@ -95,6 +97,7 @@ def sampled(
             stop=stops(task) if stop is None else stop,
             width=width,
             done=done,
+            sit=sit,
         )
         rewards_PG = scorer.results()
     return [Group(*parts) for parts in zip(samples, rows_PG, rewards_PG, strict=True)]
