@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx_lora import cpu
 from mlx_lora.caches import Bucket, Layers, Sit, forked, joined, nobody, picked, prefilled
 from mlx_lora.models import Split, split_head
+from mlx_lora.runlog import Clock
 from mlx_lora.sampling import Drawer, uniforms
 
 LOOK_EVERY = 8  # decode steps between looks on a GPU, where each costs a wait for it
@@ -57,12 +58,14 @@ def decode(
     drawer: Drawer,
     closes: Callable[[list[int]], bool],
     ended: Callable[[Row], None],
+    clock: Clock,
     sit: Sit = nobody,
 ) -> None:
     """Write all rows to their ends, `width` at a time; `ended` hears of each when it does.
 
     `closes` says of the ids so far whether the last one finishes the completion. Rows of one prompt
     follow each other. `sit` hears, before each forward pass, which prompts its rows are of.
+    `clock` gets the rows `prefill` and `decode`.
     """
     split, waiting, live = split_head(model), deque(rows), None
     opened: dict[int, tuple[Bucket, int]] = {}
@@ -70,12 +73,15 @@ def decode(
         if fills(alive(live), len(waiting), width):
             free = min(width - alive(live), len(waiting))
             entering = [waiting.popleft() for _ in range(free)]
-            live = admitted(model, prompts, live, entering, opened, sit)
+            with clock.measure("prefill", kind="step"):
+                live = admitted(model, prompts, live, entering, opened, sit)
+                mx.eval(live.hidden_BD)
             opened = {p: place for p, place in opened.items() if waiting and p == waiting[0].prompt}
         assert live is not None, "something waits or lives"
-        sit([row.prompt for row in live.rows])
-        ids_B = written(split, live, max_tokens, drawer, closes, ended)
-        live = onward(split, live, ids_B, fills(alive(live), len(waiting), width), sit)
+        with clock.measure("decode", kind="step"):
+            sit([row.prompt for row in live.rows])
+            ids_B = written(split, live, max_tokens, drawer, closes, ended)
+            live = onward(split, live, ids_B, fills(alive(live), len(waiting), width), sit)
 
 
 def alive(live: Live | None) -> int:
@@ -152,9 +158,7 @@ def written(
     return drawn[-1][0]
 
 
-def onward(
-    split: Split, live: Live, ids_B: mx.array, make_room: bool, sit: Sit
-) -> Live | None:
+def onward(split: Split, live: Live, ids_B: mx.array, make_room: bool, sit: Sit) -> Live | None:
     """The batch after its last ids are read, without ended rows where that pays; None if empty."""
     stay = [place for place, row in enumerate(live.rows) if not row.ended]
     if not stay:

@@ -50,19 +50,24 @@ def run(
 def run_in(
     experiment: Experiment, run_dir: Path | None, console: Console, clock: Clock, *, resume: bool
 ) -> dict[str, Any]:
-    tasks = validated(experiment, console)
+    with clock.measure("data"):
+        tasks = validated(experiment, console)
     again = resume and distributed.leads()
-    log = reopened(experiment, run_dir) if again else opened(experiment, run_dir)
+    with clock.measure("run folder"):
+        log = reopened(experiment, run_dir) if again else opened(experiment, run_dir)
+        clock.carry(log)
     try:
         prepared = prepare(experiment, log, clock, console)
-        for e, task in zip(experiment.loops, tasks, strict=True):
-            if task:
-                refuse_unfit(prepared.loaded, asked(e, task), e.rollout.max_tokens)
+        with clock.measure("data"):
+            for e, task in zip(experiment.loops, tasks, strict=True):
+                if task:
+                    refuse_unfit(prepared.loaded, asked(e, task), e.rollout.max_tokens)
         summary = {"task": task_name(experiment), "check": prepared.report.to_json()}
         summary |= learn(experiment, prepared, tasks, log, clock, console)
     except BaseException as error:
         state, detail = stages.ended(log, error)
         log.status(state, detail)
+        clock.save()
         if state == "interrupted":
             console.print(f"[yellow]Stopped[/], {detail}: {escape(str(log.folder))}")
         raise
@@ -96,7 +101,9 @@ def asked(e: Stage, task: Task) -> list[Sample]:
     if e.rejection_sampling:
         train = task.load("train", e.rejection_sampling.problems, e.seed)
     else:
-        train = es.problems(task, e) if e.method == "es" else grpo.problems(task, grpo.drawn(e), e.seed)
+        train = (
+            es.problems(task, e) if e.method == "es" else grpo.problems(task, grpo.drawn(e), e.seed)
+        )
     return [*train, *task.load("test", e.eval.n, 0)]
 
 
@@ -253,4 +260,4 @@ def breakdown(clock: Clock, log: RunLog) -> None:
     mx.synchronize()
     with clock.measure("plot"):
         plot(clock.report(), log.folder / "time_breakdown.png")
-    log.write_json("time_breakdown.json", clock.report())
+    clock.save()

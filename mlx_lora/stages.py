@@ -148,7 +148,8 @@ def train(
     found: dict[str, Any] = {}
     loop: Callable[..., Iterator[int]]
     if e.method == "sft":
-        texts, valid, found = lessons(e, prepared, task, log, clock, console)
+        with clock.measure("data"):
+            texts, valid, found = lessons(e, prepared, task, log, clock, console)
         e = recorder.e = lasting(e, len(texts))
         loop, inputs, options = sft.train, texts, {"valid": valid}
     elif e.method == "grpo":
@@ -174,12 +175,14 @@ def train(
             recorder.watcher = watcher
             options |= {"start": start, "history": recorder.history}
             steps = loop(loaded, inputs, e, optimizer, clock, recorder, **options)
-            guard = Guard(e, prepared, recorder)
+            with clock.measure("guard"):
+                guard = Guard(e, prepared, recorder)
             guard.recall(memory)
             done = follow(steps, start, e, prepared, optimizer, guard, contest, log)
     finally:
-        for folder in folders:
-            files.save(model, prepared.config, folder)
+        with clock.measure("save adapter"):
+            for folder in folders:
+                files.save(model, prepared.config, folder)
     distributed.refuse_difference("the trained adapter", model.trainable_parameters())
     with clock.measure("plot"):
         curves.draw(recorder.history, log.folder / curves.FILE)
@@ -240,6 +243,7 @@ def follow(
             if last.steps_done % e.save_every == 0:
                 with recorder.clock.measure("checkpoint", kind="step"):
                     keep()
+                recorder.clock.save()
             if over:
                 break
     except Unhealthy:
