@@ -206,13 +206,3 @@ def order_without_repeats(size: int, count: int, seed: int, epoch: int) -> list[
         begun = set(head)
         found = head + [i for i in shuffled if i not in begun]
     return found
-
-
-def subset(items: Sequence[Item], count: int, seed: int) -> list[tuple[int, Item]]:
-    """`count` of the items with their places, in order of place: a function of the seed.
-
-    >>> subset("abcdef", 3, seed=0) == subset("abcdef", 3, seed=0)
-    True
-    """
-    places = random.Random(f"subset/{seed}").sample(range(len(items)), min(count, len(items)))
-    return [(place, items[place]) for place in sorted(places)]

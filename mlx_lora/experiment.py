@@ -1,5 +1,6 @@
 """One experiment from config to report: check, measure, train, measure again, explain."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from mlx_lora.conflicts import notices
 from mlx_lora.errors import ConfigError, RunError
 from mlx_lora.models import Loaded
 from mlx_lora.prepare import CheckFailed, Prepared, prepare
+from mlx_lora.problems import readable
 from mlx_lora.rl import checkpoints, es, grpo
 from mlx_lora.rl.evaluate import examination, sentence
 from mlx_lora.rl.prompts import refuse_unfit
@@ -27,6 +29,7 @@ from mlx_lora.tasks import load_task
 from mlx_lora.types import Sample, Task
 
 __all__ = ["CheckFailed", "run"]
+HELD_OUT = "held_out.json"
 Evaluate = Callable[[], dict[str, Any]]
 
 
@@ -62,6 +65,7 @@ def run_in(
             for e, task in zip(experiment.loops, tasks, strict=True):
                 if task:
                     refuse_unfit(prepared.loaded, asked(e, task), e.rollout.max_tokens)
+            remember_held_out(experiment, tasks, log)
         summary = {"task": task_name(experiment), "check": prepared.report.to_json()}
         summary |= learn(experiment, prepared, tasks, log, clock, console)
     except BaseException as error:
@@ -105,6 +109,37 @@ def asked(e: Stage, task: Task) -> list[Sample]:
             es.problems(task, e) if e.method == "es" else grpo.problems(task, grpo.drawn(e), e.seed)
         )
     return [*train, *task.load("test", e.eval.n, 0)]
+
+
+def remember_held_out(experiment: Experiment, tasks: Sequence[Task | None], log: RunLog) -> None:
+    """Which problems accuracy is measured on, in held_out.json. RunError where they have changed.
+
+    Those that method es looks at while it trains are the first of them.
+    """
+    pairs = [(e, task) for e, task in zip(experiment.loops, tasks, strict=True) if task]
+    if not pairs:
+        return
+    e, task = pairs[-1]
+    ids = [identity(sample) for sample in task.load("test", e.eval.n, 0)]
+    some = min(e.es.test_samples, len(ids)) if e.method == "es" else len(ids)
+    found = {"task": task.name, "n": len(ids), "while_training": some, "ids": ids}
+    file = log.folder / HELD_OUT
+    if file.exists() and models.read_json(file) != found:
+        raise RunError(
+            f"the held-out problems of {log.folder} were others when the run began",
+            f"Its numbers could not be compared: put the data back that {HELD_OUT} names.",
+        )
+    log.write_json(HELD_OUT, found)
+
+
+def identity(sample: Sample) -> str:
+    """A problem by its place in a file and its prompt.
+
+    >>> identity(Sample("2 + 2?", {}, "4", "rows.jsonl:7"))
+    'rows.jsonl:7 b11fec90'
+    """
+    digest = hashlib.blake2s(readable(sample.prompt).encode(), digest_size=4).hexdigest()
+    return f"{sample.place} {digest}".strip()
 
 
 def refuse_alone(experiment: Experiment) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_lora.data import cycled, subset
+from mlx_lora.data import cycled
 from mlx_lora.errors import ConfigError, TaskError
 from mlx_lora.rewards.paper import answer_score, format_score, last_block, paper
 from mlx_lora.tasks import conciseness, load_task, score
@@ -37,15 +37,6 @@ def test_epochs_are_shuffled_anew_and_by_the_seed():
     assert first != second != sorted(second) and cycled(range(50), 0, 50, 1) != first
     with pytest.raises(ConfigError, match="51 problems a step were asked for, and there are 50"):
         cycled(range(50), 0, 51, 0)
-
-
-@given(st.integers(0, 30), st.integers(0, 40), st.integers(0, 9))
-def test_a_subset_is_fixed_and_without_repeats(size, count, seed):
-    found = subset(range(100, 100 + size), count, seed)
-    assert found == subset(range(100, 100 + size), count, seed)
-    places = [place for place, _ in found]
-    assert places == sorted(set(places)) and len(places) == min(size, count)
-    assert all(item == 100 + place for place, item in found)
 
 
 # The paper's Countdown reward: the definition itself, with its regular expressions and eval

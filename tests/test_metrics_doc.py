@@ -153,7 +153,7 @@ def read(path: Path) -> list[dict]:
 
 FILES = (
     "metrics.jsonl", "samples.jsonl", "gradients.jsonl", "evals.jsonl", "check.json",
-    "summary.json", "time_breakdown.json", "status.json", "environment.json",
+    "summary.json", "time_breakdown.json", "status.json", "environment.json", "held_out.json",
 )  # fmt: skip
 
 
