@@ -250,6 +250,7 @@ KINDS = (
     "rewards",
     "losses",
     "advantages",
+    "fitness",
     "metrics",
     "alerts",
     "gates",

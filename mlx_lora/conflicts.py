@@ -123,6 +123,11 @@ def notices(experiment: Experiment) -> list[str]:
                 "init pissa is known to collapse under RL (PeRL, arXiv 2512.23165); ours does at "
                 "rates that suit the other inits: lower learning_rate by 4, or use zero"
             )
+        if loop.method == "es" and loop.es.sigma is None and loop.es.perturb_scale > 0.3:
+            found.append(
+                f"es.perturb_scale {loop.es.perturb_scale:g} moves every adapted weight by that share "
+                "of its own size: above 0.3 members often write garble. 1.0 does not mean `as usual`"
+            )
         if dropout != loop.dropout:
             found.append(
                 f"LoRA dropout {dropout:g} is set to 0: {loop.method} learns from its own rollouts"

@@ -152,9 +152,7 @@ def written(
     return drawn[-1][0]
 
 
-def onward(
-    split: Split, live: Live, ids_B: mx.array, make_room: bool, sit: Sit
-) -> Live | None:
+def onward(split: Split, live: Live, ids_B: mx.array, make_room: bool, sit: Sit) -> Live | None:
     """The batch after its last ids are read, without ended rows where that pays; None if empty."""
     stay = [place for place, row in enumerate(live.rows) if not row.ended]
     if not stay:

@@ -85,6 +85,9 @@ def validated(experiment: Experiment, console: Console) -> list[Task | None]:
             for path in data.files_of(e.data).values():
                 data.rows_of(path)
     tasks = [load_task(e.task.name, e.task.options) if e.task else None for e in experiment.loops]
+    for e, task in zip(experiment.loops, tasks, strict=True):
+        if task and e.method == "es":
+            es.refuse_shortage(task, e)
     told = dict.fromkeys(task.notice for task in tasks if task and task.notice)
     for notice in (*notices(experiment), *told):
         console.print(f"[yellow]Note:[/] {escape(notice)}.")
@@ -95,17 +98,19 @@ def asked(e: Stage, task: Task) -> list[Sample]:
     """The problems that a stage will sample, and those it is measured on."""
     if e.rejection_sampling:
         train = task.load("train", e.rejection_sampling.problems, e.seed)
+    elif e.method == "es":
+        train = es.problems(task, e)
     else:
-        train = es.problems(task, e) if e.method == "es" else grpo.problems(task, grpo.drawn(e), e.seed)
+        train = grpo.problems(task, grpo.drawn(e), e.seed)
     return [*train, *task.load("test", e.eval.n, 0)]
 
 
 def refuse_alone(experiment: Experiment) -> None:
     """Methods that only one machine can run."""
-    others = sorted({e.method for e in experiment.loops if e.method != "grpo"})
+    others = sorted({e.method for e in experiment.loops if not e.is_rl})
     if distributed.size() > 1 and (others or experiment.stages):
         what = "an experiment with stages" if experiment.stages else f"method {', '.join(others)}"
-        raise ConfigError(f"{what} runs on one machine; a single loop of grpo on several")
+        raise ConfigError(f"{what} runs on one machine; a single loop of grpo or es on several")
 
 
 def refuse_occupied(e: Stage) -> None:

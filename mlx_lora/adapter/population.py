@@ -117,6 +117,12 @@ def refuse_unfit(model: nn.Module) -> None:
         )
 
 
+def grow(model: nn.Module, gain: float) -> None:
+    """Multiply every A by so much. Harmless while B is zero."""
+    for layer in lora_layers(model).values():
+        layer.lora_a = gain * layer.lora_a
+
+
 @dataclass(frozen=True)
 class Seating:
     """Rows [B] in groups of equal size, one group a matrix. None: they lie so already."""
@@ -142,14 +148,15 @@ def seated(group_of_B: Sequence[int], groups: int) -> Seating:
     >>> s.row_at.tolist(), s.seat_of.tolist()
     ([0, 2, 1, 0], [0, 2, 1])
     """
-    group_of_B = np.asarray(group_of_B)
-    order = np.argsort(group_of_B, kind="stable")
-    counts = np.bincount(group_of_B, minlength=groups)
+    order = np.argsort(np.array(group_of_B), kind="stable")
+    counts = np.bincount(np.array(group_of_B), minlength=groups)
     seats, rows = int(counts.max()), len(group_of_B)
     if seats * groups == rows and np.array_equal(order, np.arange(rows)):
         return Seating(rows, groups, None, None)
     first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    place = np.arange(rows) - np.repeat(first, counts) + np.repeat(np.arange(groups), counts) * seats
+    place = (
+        np.arange(rows) - np.repeat(first, counts) + np.repeat(np.arange(groups), counts) * seats
+    )
     row_at, seat_of = np.zeros(groups * seats, np.int64), np.zeros(rows, np.int64)
     row_at[place], seat_of[order] = order, place
     return Seating(rows, groups, row_at, seat_of)
@@ -201,7 +208,8 @@ def population(
     its member is. What is yielded has to hear, before each forward, which prompts its rows are of.
     """
     refuse_unfit(model)
-    split_head(model), company(model)  # both are tried on the model, whose rows have no members
+    split_head(model)  # this and the next are tried on the model, with rows that have no member
+    company(model)
     directions, signs = noise.of(members)
     used = sorted(set(directions))
     place_of = {k: i for i, k in enumerate(used)}
