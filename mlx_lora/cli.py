@@ -252,6 +252,7 @@ KINDS = (
     "rewards",
     "losses",
     "advantages",
+    "fitness",
     "metrics",
     "alerts",
     "gates",

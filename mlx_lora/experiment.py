@@ -94,6 +94,9 @@ def validated(experiment: Experiment, console: Console) -> list[Task | None]:
             for path in data.files_of(e.data).values():
                 data.rows_of(path)
     tasks = [load_task(e.task.name, e.task.options) if e.task else None for e in experiment.loops]
+    for e, task in zip(experiment.loops, tasks, strict=True):
+        if task and e.method == "es":
+            es.refuse_shortage(task, e)
     told = dict.fromkeys(task.notice for task in tasks if task and task.notice)
     for notice in (*notices(experiment), *told):
         console.print(f"[yellow]Note:[/] {escape(notice)}.")
@@ -104,10 +107,10 @@ def asked(e: Stage, task: Task) -> list[Sample]:
     """The problems that a stage will sample, and those it is measured on."""
     if e.rejection_sampling:
         train = task.load("train", e.rejection_sampling.problems, e.seed)
+    elif e.method == "es":
+        train = es.problems(task, e)
     else:
-        train = (
-            es.problems(task, e) if e.method == "es" else grpo.problems(task, grpo.drawn(e), e.seed)
-        )
+        train = grpo.problems(task, grpo.drawn(e), e.seed)
     return [*train, *task.load("test", e.eval.n, 0)]
 
 
@@ -120,8 +123,9 @@ def remember_held_out(experiment: Experiment, tasks: Sequence[Task | None], log:
     if not pairs:
         return
     e, task = pairs[-1]
-    ids = [identity(sample) for sample in task.load("test", e.eval.n, 0)]
-    some = min(e.es.test_samples, len(ids)) if e.method == "es" else len(ids)
+    some = e.es.test_samples if e.method == "es" and e.eval.every else e.eval.n
+    ids = [identity(sample) for sample in task.load("test", max(e.eval.n, some), 0)]
+    some = min(some, len(ids))
     found = {"task": task.name, "n": len(ids), "while_training": some, "ids": ids}
     file = log.folder / HELD_OUT
     if file.exists() and models.read_json(file) != found:
@@ -144,10 +148,10 @@ def identity(sample: Sample) -> str:
 
 def refuse_alone(experiment: Experiment) -> None:
     """Methods that only one machine can run."""
-    others = sorted({e.method for e in experiment.loops if e.method != "grpo"})
+    others = sorted({e.method for e in experiment.loops if not e.is_rl})
     if distributed.size() > 1 and (others or experiment.stages):
         what = "an experiment with stages" if experiment.stages else f"method {', '.join(others)}"
-        raise ConfigError(f"{what} runs on one machine; a single loop of grpo on several")
+        raise ConfigError(f"{what} runs on one machine; a single loop of grpo or es on several")
 
 
 def refuse_occupied(e: Stage) -> None:

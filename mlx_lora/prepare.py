@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from mlx_lora import bases, distributed, models
 from mlx_lora.adapter import attach as attaching
-from mlx_lora.adapter import files
+from mlx_lora.adapter import files, population
 from mlx_lora.adapter.inits import REBASING, label
 from mlx_lora.adapter.weights import analyse
 from mlx_lora.blocks import Check
@@ -135,8 +135,11 @@ def attach(
     Returns the adapter's config, what to expect, and what an adapter from disk records of its base.
     """
     e = experiment.first
+    evolves = any(loop.method == "es" for loop in experiment.loops)
     if e.resume_adapter_file is not None:
         config = files.load(loaded.model, files.folder_of(e.resume_adapter_file))
+        if evolves:
+            population.refuse_unfit(loaded.model)
         return config | {"base": bases.identity(loaded)}, "healthy", config.get("base")
     lora = e.lora_parameters
     config = attaching.attach(
@@ -153,6 +156,10 @@ def attach(
         rows=attaching.calibration_rows(e),
     )
     loaded.model.eval()  # new layers drop inputs until they are told not to
+    if e.method == "es":
+        population.grow(loaded.model, e.es.init_scale)
+    if evolves:
+        population.refuse_unfit(loaded.model)
     return config | {"base": bases.identity(loaded)}, "same", None
 
 

@@ -17,7 +17,7 @@ from mlx_lora.adapter.attach import remember_start
 from mlx_lora.adapter.schedules import scale_of, set_scale
 from mlx_lora.contest import BEST, Contest
 from mlx_lora.data import Text
-from mlx_lora.guard import Guard, Unhealthy
+from mlx_lora.guard import Guard, Unhealthy, plain_texts
 from mlx_lora.optimizers import optimizer_of
 from mlx_lora.prepare import CHECK, Prepared, check_again
 from mlx_lora.progress import watch
@@ -25,6 +25,7 @@ from mlx_lora.recorder import Recorder
 from mlx_lora.rl import checkpoints, es, grpo
 from mlx_lora.rl.checkpoints import Snapshot
 from mlx_lora.rl.evaluate import examination
+from mlx_lora.rl.forgetting import looking
 from mlx_lora.rl.rejection import harvest
 from mlx_lora.runlog import STATUS, Clock, RunLog, State
 from mlx_lora.schema import Experiment, Stage
@@ -155,7 +156,9 @@ def train(
     elif e.method == "grpo":
         loop, inputs, options = grpo.train, task, {"report_norms": recorder.gradients}
     else:
-        loop, inputs, options = es.train, task, {"anchor": es.factors(model)}
+        assert task is not None, "the config requires a task for RL"
+        look = looking(loaded, task, e, plain_texts(prepared.probes), clock)
+        loop, inputs, options = es.train, task, {"anchor": es.factors(model), "look": look}
     start, memory = 0, {}
     if saved := checkpoints.every(log.folder / CHECKPOINTS):
         start = checkpoints.load(saved[-1], model, optimizer)
@@ -210,6 +213,8 @@ def exam(e: Stage, prepared: Prepared, task: Task | None) -> Callable[[], dict[s
     """What measures the model while it trains; None where it is not asked for."""
     if task is None or not e.eval.every:
         return None
+    if e.method == "es":
+        e = e.model_copy(update={"eval": e.eval.model_copy(update={"n": e.es.test_samples})})
     return examination(prepared.loaded, task, e)
 
 

@@ -22,11 +22,11 @@ import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_lora.adapter.attach import lora_layers
-from mlx_lora.adapter.dora import row_norms
+from mlx_lora.adapter.weights import rms_of
 from mlx_lora.caches import Sit, company
 from mlx_lora.cpu_layers import SILENT, rows, view, with_bias
 from mlx_lora.errors import AdapterError
-from mlx_lora.models import in_dims, split_head
+from mlx_lora.models import split_head
 
 Kind = Literal["rademacher", "uniform"]
 Factor = Literal["lora_a", "lora_b"]
@@ -77,22 +77,20 @@ def perturbed(master: mx.array, noise_K: mx.array, sizes_K: mx.array) -> mx.arra
 
 
 def sigma_of(layer: Any, factor: Factor, perturb_scale: float) -> float:
-    """The noise that moves scale · A B by perturb_scale · rms(W), rms over the weight's entries.
+    """The noise that moves scale · A B by perturb_scale · rms(W), the weight's outliers cut.
 
     rms(A · noise) = sigma · ||A|| / sqrt(d_in), likewise for B: 0 where the other factor is 0.
     """
     other = layer.lora_a if factor == "lora_b" else layer.lora_b.T
     lever = abs(float(layer.scale)) * float(mx.linalg.norm(other)) / math.sqrt(other.shape[0])
-    return perturb_scale * rms_of(layer) / lever if lever else 0.0
+    return perturb_scale * size_of(layer) / lever if lever else 0.0
 
 
-def rms_of(layer: Any) -> float:
-    """Root mean square of the frozen weight under a LoRA layer, unpacked. Remembered there."""
-    if "_rms" not in layer.__dict__:
-        norms_O = row_norms(layer.linear)
-        mean = mx.square(norms_O).mean().item() / in_dims(layer.linear)
-        layer.__dict__["_rms"] = math.sqrt(mean)
-    return layer.__dict__["_rms"]
+def size_of(layer: Any) -> float:
+    """The size of the frozen weight under a LoRA layer, outliers cut. Remembered there."""
+    if "_size" not in layer.__dict__:
+        layer.__dict__["_size"] = rms_of(layer.linear)
+    return layer.__dict__["_size"]
 
 
 def refuse_unfit(model: nn.Module) -> None:
@@ -115,6 +113,12 @@ def refuse_unfit(model: nn.Module) -> None:
             + "\n".join(misfits[:8] + more),
             "Leave them out of lora_parameters.keys, use fine_tune_type lora, or method grpo.",
         )
+
+
+def grow(model: nn.Module, gain: float) -> None:
+    """Multiply every A by so much. Harmless while B is zero."""
+    for layer in lora_layers(model).values():
+        layer.lora_a = gain * layer.lora_a
 
 
 @dataclass(frozen=True)
@@ -142,14 +146,15 @@ def seated(group_of_B: Sequence[int], groups: int) -> Seating:
     >>> s.row_at.tolist(), s.seat_of.tolist()
     ([0, 2, 1, 0], [0, 2, 1])
     """
-    group_of_B = np.asarray(group_of_B)
-    order = np.argsort(group_of_B, kind="stable")
-    counts = np.bincount(group_of_B, minlength=groups)
+    order = np.argsort(np.array(group_of_B), kind="stable")
+    counts = np.bincount(np.array(group_of_B), minlength=groups)
     seats, rows = int(counts.max()), len(group_of_B)
     if seats * groups == rows and np.array_equal(order, np.arange(rows)):
         return Seating(rows, groups, None, None)
     first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    place = np.arange(rows) - np.repeat(first, counts) + np.repeat(np.arange(groups), counts) * seats
+    place = (
+        np.arange(rows) - np.repeat(first, counts) + np.repeat(np.arange(groups), counts) * seats
+    )
     row_at, seat_of = np.zeros(groups * seats, np.int64), np.zeros(rows, np.int64)
     row_at[place], seat_of[order] = order, place
     return Seating(rows, groups, row_at, seat_of)
@@ -201,7 +206,8 @@ def population(
     its member is. What is yielded has to hear, before each forward, which prompts its rows are of.
     """
     refuse_unfit(model)
-    split_head(model), company(model)  # both are tried on the model, whose rows have no members
+    split_head(model)  # this and the next are tried on the model, with rows that have no member
+    company(model)
     directions, signs = noise.of(members)
     used = sorted(set(directions))
     place_of = {k: i for i, k in enumerate(used)}

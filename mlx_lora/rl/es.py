@@ -5,6 +5,7 @@ solve the same problems, and moves the factor toward those that did better. Afte
 2509.24372) and EGGROLL (arXiv 2511.16652). Left out on purpose: elites, crossover, a learned sigma.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from mlx_lora import distributed
 from mlx_lora.adapter.attach import assert_no_update, lora_layers, remembers_start
 from mlx_lora.adapter.population import Factor, Noise, population, sigma_of
 from mlx_lora.adapter.schedules import scale_of
-from mlx_lora.data import draw
+from mlx_lora.data import cycled
+from mlx_lora.errors import ConfigError
 from mlx_lora.models import Loaded
 from mlx_lora.optimizers import Metrics
 from mlx_lora.rl.describe import describe
@@ -53,18 +55,21 @@ def train(
     needed to learn.
     """
     model, e = loaded.model, experiment
+    in_full(model)
+    optimizer.init(model.trainable_parameters())  # of both factors, whichever comes first
     anchor = factors(model) if anchor is None else anchor
     skipped = int(history[-1]["generations_skipped"]) if history else 0
-    samples = problems(task, e)
+    samples, fit = problems(task, e), fitnesses.bind(e.es.fitness, {})
     if not start and not remembers_start(model):
         assert_no_update(model)  # generation 0 is the base
     for generation in range(start, e.iters):
         noise = noise_of(e, generation)
         sigmas = sizes(model, e, noise.factor)
-        drawn = draw(samples, generation, e.es.samples_per_generation, e.seed)
-        groups = tried(loaded, task, drawn, e, noise, sigmas, clock)
+        drawn = cycled(samples, generation, e.es.samples_per_generation, e.seed)
+        with clock.measure("rollout", kind="step"):
+            groups = tried(loaded, task, drawn, e, noise, sigmas, clock)
         rewards_PG = rewards(groups)
-        weights_G = fitnesses.bind(e.es.fitness, {})(rewards_PG)
+        weights_G = fit(rewards_PG)
         metrics = describe(groups, rewards_PG) | measured(rewards_PG) | {"scale": scale_of(model)}
         optimizer.learning_rate = e.es.step_scale * (1 - generation / e.iters)
         if weights_G.any():
@@ -79,7 +84,22 @@ def train(
 
 
 def problems(task: Task, e: Stage) -> Sequence[Sample]:
+    """Training problems, of which each generation draws some."""
     return task.load("train", min(e.iters * e.es.samples_per_generation, POOL), e.seed)
+
+
+def refuse_shortage(task: Task, e: Stage) -> None:
+    """ConfigError where a task has fewer problems than the experiment asks for at once."""
+    asked = {"samples_per_generation": ("train", e.es.samples_per_generation)}
+    if e.eval.every or "test_samples" in e.es.model_fields_set:
+        asked["test_samples"] = ("test", e.es.test_samples)
+    lines = []
+    for key, (split, wanted) in asked.items():
+        there = len(task.load(split, wanted, 0))
+        if there < wanted:
+            lines.append(f"es.{key} is {wanted}; task {task.name} has {there} {split} problems")
+    if lines:
+        raise ConfigError("\n".join(lines), "Lower it, or give the task more problems.")
 
 
 def noise_of(e: Stage, generation: int) -> Noise:
@@ -108,16 +128,19 @@ def tried(
 ) -> list[Group]:
     """A group for each problem, of a completion by each member; each machine asks its part of them.
 
-    All members meet a problem with the same random numbers.
+    All members meet a problem with the same random numbers. What the machines tell each other is
+    what members wrote and earned.
     """
     members = list(distributed.mine(range(e.es.population)))
-    pairs = [(p, g) for p in range(len(samples)) for g in range(len(members))]
 
-    def part() -> list[dict[str, Any]]:
-        with (
-            clock.measure("rollout", kind="step"),
-            population(loaded.model, noise, sigmas, members, [g for _, g in pairs]) as sit,
-        ):
+    def part() -> list[Group]:
+        """A group for each member, of all problems."""
+        pairs = [(p, g) for p in range(len(samples)) for g in range(len(members))]
+        places = [g for _, g in pairs]
+        crowd = population(loaded.model, noise, sigmas, members, places)
+        with contextlib.ExitStack() as stack:
+            with clock.measure("noise", kind="step"):
+                sit = stack.enter_context(crowd)
             found = sampled(
                 loaded,
                 task,
@@ -130,18 +153,24 @@ def tried(
                 clock=clock,
                 **e.rollout.model_dump(),
             )
-        return found
+        return [regrouped(samples[0], found[g :: len(members)], 0) for g in range(len(members))]
 
-    found = part()
-    size = len(members)
-    return [
-        Group(
-            sample,
-            [g.rollouts[0] for g in found[p * size : (p + 1) * size]],
-            [g.rewards[0] for g in found[p * size : (p + 1) * size]],
-        )
-        for p, sample in enumerate(samples)
-    ]
+    if distributed.size() == 1:
+        by_member = part()
+    else:
+        said = distributed.everything(lambda: [told(g) for g in part()] if members else [])
+        by_member = [restored(samples[0], record) for record in said]
+    return [regrouped(sample, by_member, p) for p, sample in enumerate(samples)]
+
+
+def told(group: Group) -> dict[str, Any]:
+    """A group in plain data."""
+    return {"rollouts": plain(group.rollouts), "rewards": plain(group.rewards)}
+
+
+def regrouped(sample: Sample, groups: Sequence[Group], place: int) -> Group:
+    """The completions at one place of each group."""
+    return Group(sample, [g.rollouts[place] for g in groups], [g.rewards[place] for g in groups])
 
 
 def update(
@@ -172,12 +201,18 @@ def update(
     length = mx.array(0.0)
     for key, step in steps:
         name = key.rpartition(".")[0]
-        master = layers[name][noise.factor].astype(mx.float32)
+        master = layers[name][noise.factor]
         moved = sigmas[name] * step - share * (master - anchor[key])
         layers[name][noise.factor] = master + moved
         length = length + mx.square(moved).sum()
     mx.eval(model.trainable_parameters(), optimizer.state, length)
     return {"update_norm": float(mx.sqrt(length)), "learning_rate": float(optimizer.learning_rate)}
+
+
+def in_full(model: nn.Module) -> None:
+    """Make the factors float32: an update is far smaller than what half precision resolves."""
+    for layer in lora_layers(model).values():
+        layer.lora_a, layer.lora_b = (layer[f].astype(mx.float32) for f in ("lora_a", "lora_b"))
 
 
 def factors(model: nn.Module) -> Factors:

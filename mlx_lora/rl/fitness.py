@@ -77,7 +77,7 @@ def measured(rewards_PG: np.ndarray) -> Metrics:
     }
     if len(rewards_PG) < 2:
         return found
-    halves = [means(rewards_PG[half::2]) for half in (0, 1)]
-    if min(np.ptp(half_G) for half_G in halves) > 0:
-        found["fitness_correlation"] = float(np.corrcoef(*halves)[0, 1])
+    even_G, odd_G = (means(rewards_PG[half::2]) for half in (0, 1))
+    if np.ptp(even_G) > 0 and np.ptp(odd_G) > 0:
+        found["fitness_correlation"] = float(np.corrcoef(even_G, odd_G)[0, 1])
     return found
