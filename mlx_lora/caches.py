@@ -31,6 +31,11 @@ GROWTH = 64  # tokens that a batch makes room for at once; mlx-lm's own 256 are 
 PROBES = ((1, 2, 3), (4, 5, 6, 7, 8), (9, 10, 11))  # token ids that every model has
 AGREE = {mx.float32: 1e-3, mx.float16: 0.1, mx.bfloat16: 0.2}  # in standard deviations of logits
 Layers = list[Any]
+Sit = Callable[[Sequence[int]], None]  # hears which prompts the rows of the next forward are of
+
+
+def nobody(prompts: Sequence[int]) -> None:
+    """A Sit for rows that are all computed alike."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,9 @@ def prefill(
     return forked([places[p] for p in prompt_of_B])
 
 
-def prefilled(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[tuple[Bucket, int]]:
+def prefilled(
+    model: nn.Module, prompts: Sequence[Sequence[int]], sit: Sit = nobody
+) -> list[tuple[Bucket, int]]:
     """For each prompt its bucket and its row there."""
     split = split_head(model)
     by_length: dict[int, list[int]] = {}
@@ -63,6 +70,7 @@ def prefilled(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[tuple[
         rows = max(1, AREA // min(length, CHUNK))
         for begin in range(0, len(indexes), rows):
             block = indexes[begin : begin + rows]
+            sit(block)
             bucket = read(split, model, mx.array([list(prompts[i]) for i in block]))
             found |= {i: (bucket, row) for row, i in enumerate(block)}
     return [found[i] for i in range(len(prompts))]

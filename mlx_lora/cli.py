@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ import typer
 from mlx_lora import __version__, cpu
 from mlx_lora.errors import UserError
 
+BEGAN = time.perf_counter()
 app = typer.Typer(
     name="mlx-lora",
     help="Attach LoRA harmlessly, check for corruption, train with RL, see what was learned.",
@@ -154,8 +156,8 @@ def run_experiment(
     """Train, print the summary; exit code 1 when the check fails or the run diverges."""
     from mlx_lora.runlog import Clock
 
-    clock = Clock()
-    with clock.measure("import"):
+    clock = Clock(start=BEGAN)
+    with clock.measure("import", since=BEGAN):
         from mlx_lora import experiment as experiments
         from mlx_lora.check.show import print_report
         from mlx_lora.distributed import leads
@@ -250,6 +252,7 @@ KINDS = (
     "rewards",
     "losses",
     "advantages",
+    "fitness",
     "metrics",
     "alerts",
     "gates",

@@ -42,6 +42,7 @@ TABLES = {  # as text, because the tables live in layers above this one
     "scale_schedule": ("mlx_lora.adapter.schedules", "schedules"),
     "loss": ("mlx_lora.rl.losses", "losses"),
     "advantage": ("mlx_lora.rl.advantages", "advantages"),
+    "fitness": ("mlx_lora.rl.fitness", "fitnesses"),
     "gate": ("mlx_lora.check.gates", "gates"),
 }
 ELSEWHERE = {  # what other trainers call it
@@ -321,6 +322,8 @@ def lookups(loop: Stage) -> Iterator[tuple[KeyPath, Callable[[], object]]]:
     if loop.method == "grpo":
         yield ("grpo", "loss"), lambda: table("loss").bind(loop.grpo.loss, loop.grpo.clips)
         yield ("grpo", "advantage"), lambda: table("advantage")[loop.grpo.advantage]
+    if loop.method == "es":
+        yield ("es", "fitness"), lambda: table("fitness")[loop.es.fitness]
     yield ("optimizer_config", loop.optimizer), lambda: check_optimizer(loop)
 
 

@@ -7,6 +7,7 @@ from mlx_lora.blocks import INSTEAD, QUANTIZATION, Grpo, RolloutOptions
 from mlx_lora.schema import RL, Experiment, Stage
 from mlx_lora.yamlfile import KeyPath
 
+LOUD = 0.3  # es.perturb_scale above which there is a notice
 ABOUT = {
     "alpha": "scale = alpha / rank, or alpha / sqrt(rank) with rslora",
     "sigma": "Both are the size of a perturbation",
@@ -122,6 +123,13 @@ def notices(experiment: Experiment) -> list[str]:
             found.append(
                 "init pissa is known to collapse under RL (PeRL, arXiv 2512.23165); ours does at "
                 "rates that suit the other inits: lower learning_rate by 4, or use zero"
+            )
+        if loop.method == "es" and loop.es.sigma is None and loop.es.perturb_scale > LOUD:
+            found.append(
+                f"es.perturb_scale {loop.es.perturb_scale:g} is a size relative to the weights: "
+                f"each member's are moved by {loop.es.perturb_scale:.0%} of their rms, where about "
+                "3 % is usual and most models write garble above 30 %. In some notes and scripts "
+                "1.0 of a key of this name multiplied a noise that was small already"
             )
         if dropout != loop.dropout:
             found.append(

@@ -80,14 +80,14 @@ class Contest:
         return {"best": {"step": best["step"], "metric": name, "value": best[name]}}
 
 
-def score(row: Mapping[str, Any]) -> float:
-    """The number that decides: accuracy, else the mean reward, else the validation loss.
+def score(row: Mapping[str, Any]) -> tuple[float, float]:
+    """What decides: accuracy, else the mean reward, else the validation loss; of equals the reward.
 
     >>> score({"accuracy": 0.5, "reward_mean": 0.7}), score({"valid_loss": 2.0})
-    (0.5, -2.0)
+    ((0.5, 0.7), (-2.0, 0.0))
     """
     name = decides(row)
-    return HIGHER[name] * float(row[name])
+    return HIGHER[name] * float(row[name]), float(row.get("reward_mean", 0.0))
 
 
 def decides(row: Mapping[str, Any]) -> str:

@@ -21,16 +21,26 @@ PANELS = {  # metric -> title, height in inches; drawn in this order where it wa
     "reward": ("reward of the step's rollouts", 1.9),
     "loss": ("loss, nats per token", 1.9),
     "kl": ("KL to the reference policy, nats per token", 1.0),
+    "perplexity": ("perplexity of plain text", 0.8),
+    "fitness_correlation": (
+        "fitness on one half of the problems against the other, correlation",
+        0.9,
+    ),
+    "update_norm": ("length of the update", 0.8),
+    "distance": ("distance of the factors from their start", 0.8),
     "scale": ("scale of the adapter", 0.8),
 }
+LEADING = ("reward", "loss")  # one of them is drawn large
+SIGNED = ("fitness_correlation",)
 
 
 def draw(history: History, path: Path) -> None:
-    """Reward or loss, KL and scale over the steps, one under the other."""
+    """Reward or loss, and what else was measured, over the steps, one under the other."""
     import matplotlib
 
     told = "reward" if any("reward" in h for h in history) else "loss"
-    names = [n for n in PANELS if n in (told, "kl", "scale") and len(column(history, n)[0])]
+    wanted = [n for n in PANELS if n == told or n not in LEADING]
+    names = [n for n in wanted if len(column(history, n)[0])]
     if told not in names:
         return
     heights = [PANELS[n][1] for n in names]
@@ -53,7 +63,10 @@ def draw(history: History, path: Path) -> None:
 def panel(axes: "Axes", history: History, name: str) -> None:
     """One metric over the steps; where it was not measured the line goes through."""
     (steps, values), title = column(history, name), PANELS[name][0]
-    if name in ("reward", "loss"):
+    if name in LEADING:
+        low, high = (column(history, f"fitness_{end}")[1] for end in ("min", "max"))
+        if name == "reward" and len(low) == len(steps):
+            axes.fill_between(steps, low, high, color=USED, alpha=0.12, lw=0, label="members")
         axes.plot(steps, values, ".", color=USED, alpha=0.35, markersize=4)
         axes.plot(steps, running_mean(values), color=USED, label=f"mean of {WINDOW} steps")
         valid_steps, valid = column(history, "valid_loss")
@@ -68,8 +81,12 @@ def panel(axes: "Axes", history: History, name: str) -> None:
             color=USED,
             ms=3,
         )
-        title += beyond(values)
-        axes.set_ylim(0, ceiling(values))
+        if name in SIGNED:
+            axes.set_ylim(-1.05, 1.05)
+            axes.axhline(0, color=QUIET, lw=0.6)
+        else:
+            title += beyond(values)
+            axes.set_ylim(0, ceiling(values))
     axes.set_title(title, loc="left", color=QUIET)
     axes.set_xlim(-0.02 * len(history) - 0.5, len(history) * 1.02 - 0.5)
     axes.grid(axis="y", color="#eeeeee")

@@ -173,3 +173,36 @@ def order(count: int, seed: int, epoch: int) -> list[int]:
     shuffled = list(range(count))
     random.Random(f"{seed}/{epoch}").shuffle(shuffled)
     return shuffled
+
+
+def cycled(items: Sequence[Item], step: int, count: int, seed: int) -> list[Item]:
+    """`count` different items: a function of (seed, step), every item once per epoch.
+
+    Where `count` does not divide the set, the step that ends one epoch begins the next, and the
+    new order starts with items that the step does not hold yet. ConfigError where there are fewer.
+    """
+    if count > len(items):
+        raise ConfigError(
+            f"{count:,} problems a step were asked for, and there are {len(items):,}",
+            "Lower es.samples_per_generation, or give the task more problems.",
+        )
+    found = []
+    for index in range(step * count, (step + 1) * count):
+        epoch, at = divmod(index, len(items))
+        found.append(items[order_without_repeats(len(items), count, seed, epoch)[at]])
+    return found
+
+
+@lru_cache(maxsize=2)
+def order_without_repeats(size: int, count: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch whose first step may have begun in the epoch before."""
+    first = next(e for e in range(epoch, -1, -1) if e * size % count == 0)  # begins with a step
+    found = order(size, seed, first)
+    for number in range(first + 1, epoch + 1):
+        shared = number * size % count  # places of the step that the epoch before has filled
+        held = set(found[len(found) - shared :])
+        shuffled = order(size, seed, number)
+        head = [i for i in shuffled if i not in held][: count - shared if shared else 0]
+        begun = set(head)
+        found = head + [i for i in shuffled if i not in begun]
+    return found

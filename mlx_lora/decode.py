@@ -14,8 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora import cpu
-from mlx_lora.caches import Bucket, Layers, forked, joined, picked, prefilled
+from mlx_lora.caches import Bucket, Layers, Sit, forked, joined, nobody, picked, prefilled
 from mlx_lora.models import Split, split_head
+from mlx_lora.runlog import Clock
 from mlx_lora.sampling import Drawer, uniforms
 
 LOOK_EVERY = 8  # decode steps between looks on a GPU, where each costs a wait for it
@@ -57,11 +58,14 @@ def decode(
     drawer: Drawer,
     closes: Callable[[list[int]], bool],
     ended: Callable[[Row], None],
+    clock: Clock,
+    sit: Sit = nobody,
 ) -> None:
     """Write all rows to their ends, `width` at a time; `ended` hears of each when it does.
 
     `closes` says of the ids so far whether the last one finishes the completion. Rows of one prompt
-    follow each other.
+    follow each other. `sit` hears, before each forward pass, which prompts its rows are of.
+    `clock` gets the rows `prefill` and `decode`.
     """
     split, waiting, live = split_head(model), deque(rows), None
     opened: dict[int, tuple[Bucket, int]] = {}
@@ -69,11 +73,15 @@ def decode(
         if fills(alive(live), len(waiting), width):
             free = min(width - alive(live), len(waiting))
             entering = [waiting.popleft() for _ in range(free)]
-            live = admitted(model, prompts, live, entering, opened)
+            with clock.measure("prefill", kind="step"):
+                live = admitted(model, prompts, live, entering, opened, sit)
+                mx.eval(live.hidden_BD)
             opened = {p: place for p, place in opened.items() if waiting and p == waiting[0].prompt}
         assert live is not None, "something waits or lives"
-        ids_B = written(split, live, max_tokens, drawer, closes, ended)
-        live = onward(split, live, ids_B, fills(alive(live), len(waiting), width))
+        with clock.measure("decode", kind="step"):
+            sit([row.prompt for row in live.rows])
+            ids_B = written(split, live, max_tokens, drawer, closes, ended)
+            live = onward(split, live, ids_B, fills(alive(live), len(waiting), width), sit)
 
 
 def alive(live: Live | None) -> int:
@@ -99,13 +107,15 @@ def admitted(
     live: Live | None,
     entering: list[Row],
     opened: dict[int, tuple[Bucket, int]],
+    sit: Sit,
 ) -> Live:
     """The batch with rows that come in after those that are there.
 
     `opened` keeps the prefilled prompts: one may have more rows than there is room for.
     """
     new = [p for p in dict.fromkeys(row.prompt for row in entering) if p not in opened]
-    opened.update(zip(new, prefilled(model, [prompts[p] for p in new]), strict=True))
+    read = prefilled(model, [prompts[p] for p in new], lambda part: sit([new[i] for i in part]))
+    opened.update(zip(new, read, strict=True))
     hidden_BD, layers = forked([opened[row.prompt] for row in entering])
     if live is None:
         return Live(entering, hidden_BD, layers)
@@ -148,7 +158,7 @@ def written(
     return drawn[-1][0]
 
 
-def onward(split: Split, live: Live, ids_B: mx.array, make_room: bool) -> Live | None:
+def onward(split: Split, live: Live, ids_B: mx.array, make_room: bool, sit: Sit) -> Live | None:
     """The batch after its last ids are read, without ended rows where that pays; None if empty."""
     stay = [place for place, row in enumerate(live.rows) if not row.ended]
     if not stay:
@@ -158,4 +168,5 @@ def onward(split: Split, live: Live, ids_B: mx.array, make_room: bool) -> Live |
         index = mx.array(stay)
         layers, ids_B = picked(layers, index, len(rows)), ids_B[index]
         rows = [rows[place] for place in stay]
+        sit([row.prompt for row in rows])
     return Live(rows, split.body(ids_B[:, None], cache=layers)[:, -1, :], layers)

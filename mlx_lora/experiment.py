@@ -1,5 +1,6 @@
 """One experiment from config to report: check, measure, train, measure again, explain."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from mlx_lora.conflicts import notices
 from mlx_lora.errors import ConfigError, RunError
 from mlx_lora.models import Loaded
 from mlx_lora.prepare import CheckFailed, Prepared, prepare
-from mlx_lora.rl import checkpoints, grpo
+from mlx_lora.problems import readable
+from mlx_lora.rl import checkpoints, es, grpo
 from mlx_lora.rl.evaluate import examination, sentence
 from mlx_lora.rl.prompts import refuse_unfit
 from mlx_lora.runlog import STATUS, Clock, RunLog, environment, plot
@@ -27,6 +29,7 @@ from mlx_lora.tasks import load_task
 from mlx_lora.types import Sample, Task
 
 __all__ = ["CheckFailed", "run"]
+HELD_OUT = "held_out.json"
 Evaluate = Callable[[], dict[str, Any]]
 
 
@@ -50,19 +53,25 @@ def run(
 def run_in(
     experiment: Experiment, run_dir: Path | None, console: Console, clock: Clock, *, resume: bool
 ) -> dict[str, Any]:
-    tasks = validated(experiment, console)
+    with clock.measure("data"):
+        tasks = validated(experiment, console)
     again = resume and distributed.leads()
-    log = reopened(experiment, run_dir) if again else opened(experiment, run_dir)
+    with clock.measure("run folder"):
+        log = reopened(experiment, run_dir) if again else opened(experiment, run_dir)
+        clock.carry(log)
     try:
         prepared = prepare(experiment, log, clock, console)
-        for e, task in zip(experiment.loops, tasks, strict=True):
-            if task:
-                refuse_unfit(prepared.loaded, asked(e, task), e.rollout.max_tokens)
+        with clock.measure("data"):
+            for e, task in zip(experiment.loops, tasks, strict=True):
+                if task:
+                    refuse_unfit(prepared.loaded, asked(e, task), e.rollout.max_tokens)
+            remember_held_out(experiment, tasks, log)
         summary = {"task": task_name(experiment), "check": prepared.report.to_json()}
         summary |= learn(experiment, prepared, tasks, log, clock, console)
     except BaseException as error:
         state, detail = stages.ended(log, error)
         log.status(state, detail)
+        clock.save()
         if state == "interrupted":
             console.print(f"[yellow]Stopped[/], {detail}: {escape(str(log.folder))}")
         raise
@@ -85,6 +94,9 @@ def validated(experiment: Experiment, console: Console) -> list[Task | None]:
             for path in data.files_of(e.data).values():
                 data.rows_of(path)
     tasks = [load_task(e.task.name, e.task.options) if e.task else None for e in experiment.loops]
+    for e, task in zip(experiment.loops, tasks, strict=True):
+        if task and e.method == "es":
+            es.refuse_shortage(task, e)
     told = dict.fromkeys(task.notice for task in tasks if task and task.notice)
     for notice in (*notices(experiment), *told):
         console.print(f"[yellow]Note:[/] {escape(notice)}.")
@@ -95,17 +107,51 @@ def asked(e: Stage, task: Task) -> list[Sample]:
     """The problems that a stage will sample, and those it is measured on."""
     if e.rejection_sampling:
         train = task.load("train", e.rejection_sampling.problems, e.seed)
+    elif e.method == "es":
+        train = es.problems(task, e)
     else:
         train = grpo.problems(task, grpo.drawn(e), e.seed)
     return [*train, *task.load("test", e.eval.n, 0)]
 
 
+def remember_held_out(experiment: Experiment, tasks: Sequence[Task | None], log: RunLog) -> None:
+    """Which problems accuracy is measured on, in held_out.json. RunError where they have changed.
+
+    Those that method es looks at while it trains are the first of them.
+    """
+    pairs = [(e, task) for e, task in zip(experiment.loops, tasks, strict=True) if task]
+    if not pairs:
+        return
+    e, task = pairs[-1]
+    some = e.es.test_samples if e.method == "es" and e.eval.every else e.eval.n
+    ids = [identity(sample) for sample in task.load("test", max(e.eval.n, some), 0)]
+    some = min(some, len(ids))
+    found = {"task": task.name, "n": len(ids), "while_training": some, "ids": ids}
+    file = log.folder / HELD_OUT
+    if file.exists() and models.read_json(file) != found:
+        raise RunError(
+            f"the held-out problems of {log.folder} were others when the run began",
+            f"Its numbers could not be compared: put the data back that {HELD_OUT} names.",
+        )
+    log.write_json(HELD_OUT, found)
+
+
+def identity(sample: Sample) -> str:
+    """A problem by its place in a file and its prompt.
+
+    >>> identity(Sample("2 + 2?", {}, "4", "rows.jsonl:7"))
+    'rows.jsonl:7 b11fec90'
+    """
+    digest = hashlib.blake2s(readable(sample.prompt).encode(), digest_size=4).hexdigest()
+    return f"{sample.place} {digest}".strip()
+
+
 def refuse_alone(experiment: Experiment) -> None:
     """Methods that only one machine can run."""
-    others = sorted({e.method for e in experiment.loops if e.method != "grpo"})
+    others = sorted({e.method for e in experiment.loops if not e.is_rl})
     if distributed.size() > 1 and (others or experiment.stages):
         what = "an experiment with stages" if experiment.stages else f"method {', '.join(others)}"
-        raise ConfigError(f"{what} runs on one machine; a single loop of grpo on several")
+        raise ConfigError(f"{what} runs on one machine; a single loop of grpo or es on several")
 
 
 def refuse_occupied(e: Stage) -> None:
@@ -243,6 +289,7 @@ def named(result: Mapping[str, Any], when: str) -> dict[str, Any]:
         return {}
     return {k.replace("accuracy", f"accuracy_{when}", 1): result[k] for k in stages.ACCURACY} | {
         f"reward_mean_{when}": result["reward_mean"],
+        f"kl_to_base_{when}": result.get("kl_to_base"),
         f"reasons_{when}": result["reasons"],
     }
 
@@ -252,4 +299,4 @@ def breakdown(clock: Clock, log: RunLog) -> None:
     mx.synchronize()
     with clock.measure("plot"):
         plot(clock.report(), log.folder / "time_breakdown.png")
-    log.write_json("time_breakdown.json", clock.report())
+    clock.save()

@@ -13,9 +13,10 @@ import mlx.nn as nn
 
 from mlx_lora import cpu
 from mlx_lora.adapter.dora import frozen_norms
-from mlx_lora.caches import company
+from mlx_lora.caches import Sit, company, nobody
 from mlx_lora.decode import Row, decode
 from mlx_lora.models import Loaded, encode_prompt, eos_ids, plain_cache
+from mlx_lora.runlog import Clock
 from mlx_lora.sampling import drawer_of, row_key
 from mlx_lora.types import Rollout
 
@@ -38,13 +39,15 @@ def generate(
     stop: Sequence[str] = (),
     width: int = WIDTH,
     done: Callable[[int, list[Rollout]], None] | None = None,
+    sit: Sit = nobody,
+    clock: Clock | None = None,
 ) -> list[list[Rollout]]:
     """`group` completions of each prompt. Temperature 0 is greedy (log-probabilities then at 1).
 
     A completion ends with an EOS, or with the token in which a stop string becomes complete; both
     stay. `numbers` are the prompts' numbers in the random keys (0, 1, 2 ... by default), so that a
     part of a batch draws what the whole would. `done(p, rollouts)` hears of each prompt, on this
-    thread, as soon as all its completions have ended.
+    thread, as soon as all its completions have ended. `sit`, `clock`: see decode.
     """
     prompts_ids = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts]
     numbers = range(len(prompts)) if numbers is None else numbers
@@ -75,6 +78,8 @@ def generate(
                 drawer=drawer,
                 closes=closes,
                 ended=ended,
+                sit=sit,
+                clock=clock or Clock(),
             )
     return [found[p] for p in range(len(prompts))]
 

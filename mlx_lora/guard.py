@@ -28,6 +28,11 @@ NAME = "unhealthy"
 ROLLBACKS = 3  # in a stage; the next one stops it
 
 
+def plain_texts(probes: Probes) -> Probes:
+    """The shortest texts that are known to be good."""
+    return Probes(sorted(probes.texts, key=lambda text: len(text[0]))[:TEXTS], [])
+
+
 class Unhealthy(Exception):
     """The model failed the check in training, and the policy was to stop."""
 
@@ -38,8 +43,7 @@ class Guard:
     def __init__(self, e: Stage, prepared: Prepared, recorder: Recorder) -> None:
         self.e, self.recorder, self.loaded = e, recorder, prepared.loaded
         self.limits = prepared.asked.limits
-        texts = sorted(prepared.probes.texts, key=lambda text: len(text[0]))[:TEXTS]
-        self.probes = Probes(texts, [])
+        self.probes = plain_texts(prepared.probes)
         self.healthy: Snapshot | None = None
         self.rollbacks = 0
         self.quiet_until = 0

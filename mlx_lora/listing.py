@@ -9,6 +9,7 @@ from mlx_lora.errors import UnknownNameError, near
 from mlx_lora.registry import Table, first_line
 from mlx_lora.rewards.parts import judges
 from mlx_lora.rl.advantages import advantages
+from mlx_lora.rl.fitness import fitnesses
 from mlx_lora.rl.losses import losses
 from mlx_lora.rl.monitor import watchers
 from mlx_lora.spectral.alerts import alerts
@@ -35,6 +36,7 @@ def entries(kind: str) -> list[Entry]:
         "rewards": [judges],
         "losses": [losses],
         "advantages": [advantages],
+        "fitness": [fitnesses],
         "metrics": [metrics],
         "alerts": [alerts, watchers],
         "gates": [gates],

@@ -145,6 +145,8 @@ def foretell(config: Mapping[str, Any], e: Stage, prompt: int) -> Foretold:
 
     Raises ModelError where a model cannot be built from its config.
     """
+    if e.method == "es":
+        e = as_rollouts(e)
     model = skeleton(config, e)
     kept, base = cache_of(model), nbytes(model.parameters())
     copies = dense_copies(model)
@@ -156,6 +158,7 @@ def foretell(config: Mapping[str, Any], e: Stage, prompt: int) -> Foretold:
     decoding, w = decoding_arrays(sizes, kept, e, prompt), fitted()
     inside, logits = learning_arrays(sizes, kept, e, prompt)
     merged = merged_copies(model) if copies else 0
+    crowd = noise_bytes(weights, e) if e.method == "es" else 0
     return Foretold(
         base=base,
         copies=copies,
@@ -163,9 +166,30 @@ def foretell(config: Mapping[str, Any], e: Stage, prompt: int) -> Foretold:
         optimizer=nbytes(optimizer.state),
         cache=int(decoding[0]),
         logits=int(decoding[3]),
-        rollout=merged + int(weighed(w.decoding, decoding)),
-        learning=of_learning(sizes.layers, inside, logits, w, again=e.grad_checkpoint),
+        rollout=crowd + merged + int(weighed(w.decoding, decoding)),
+        learning=0
+        if e.method == "es"
+        else of_learning(sizes.layers, inside, logits, w, again=e.grad_checkpoint),
     )
+
+
+def rows_of(e: Stage) -> int:
+    """Completions of a step."""
+    if e.method == "es":
+        return e.es.population * e.es.samples_per_generation
+    return e.batch_size * e.grpo.group_size
+
+
+def as_rollouts(e: Stage) -> Stage:
+    """A stage of ES in the words of GRPO: every completion has a prompt of its own."""
+    alone = e.grpo.model_copy(update={"group_size": 1})
+    return e.model_copy(update={"batch_size": rows_of(e), "grpo": alone})
+
+
+def noise_bytes(weights: Any, e: Stage) -> int:
+    """Of a population's directions, and of its members' own B."""
+    b = sum(4 * x.size for name, x in tree_flatten(weights) if name.endswith("lora_b"))
+    return b * (e.es.population + e.es.population // (2 if e.es.antithetic else 1))
 
 
 def nbytes(tree: Any) -> int:
@@ -350,9 +374,11 @@ def told(config: Mapping[str, Any], e: Stage, prompt: int) -> dict[str, Any]:
 
 def advice(config: Mapping[str, Any], e: Stage, prompt: int) -> list[str]:
     """Changes that make the peak smaller, with the peak that each leads to alone."""
-    rows, now = e.batch_size * e.grpo.group_size, foretell(config, e, prompt).peak
+    rows, now = rows_of(e), foretell(config, e, prompt).peak
     width = min(e.rollout.width, rows) // 2
+    halved = e.es.model_copy(update={"population": e.es.population // 4 * 2})
     tries = {
+        f"es.population: {halved.population}": {"es": halved},
         "grad_checkpoint: true": {"grad_checkpoint": True},
         f"grad_accumulation_steps: {e.grad_accumulation_steps * 4}": {
             "grad_accumulation_steps": e.grad_accumulation_steps * 4

@@ -16,11 +16,13 @@ from mlx_lora.data import files_of, rows_of, training_texts
 from mlx_lora.errors import ModelError
 from mlx_lora.experiment import task_name, validated
 from mlx_lora.footprint import watched
+from mlx_lora.memory import rows_of as rows_at_once
 from mlx_lora.memory import told
 from mlx_lora.models import Loaded, encode_prompt
 from mlx_lora.optimizers import optimizer_of
 from mlx_lora.prepare import attach, load
 from mlx_lora.recompute import recomputing
+from mlx_lora.rl import es
 from mlx_lora.rl.grpo import problems
 from mlx_lora.rl.learner import gradients, trainable_count
 from mlx_lora.rl.logprobs import pack
@@ -85,7 +87,8 @@ def memory(
     """What RL will take, foretold; nothing for SFT."""
     if not e.is_rl or task is None:
         return {}
-    prompts = [s.prompt for s in problems(task, e.batch_size, e.seed)]
+    asked = e.es.samples_per_generation if e.method == "es" else e.batch_size
+    prompts = [s.prompt for s in problems(task, asked, e.seed)]
     lengths = [
         len(encode_prompt(loaded.tokenizer, p)) if loaded else guessed_length(p) for p in prompts
     ]
@@ -105,8 +108,16 @@ def counts(e: Stage) -> dict[str, Any]:
     """What the config alone says."""
     if not e.is_rl:
         return {"steps": e.iters}
-    rollouts = e.batch_size * e.grpo.group_size
-    return {"steps": e.iters, "rollouts_per_step": rollouts, "rollouts": rollouts * e.iters}
+    rollouts = rows_at_once(e)
+    return {"steps": e.iters, "rollouts_per_step": rollouts, "rollouts": rollouts * e.iters} | (
+        {"rollouts_of_evaluations": of_evaluations(e)} if e.method == "es" else {}
+    )
+
+
+def of_evaluations(e: Stage) -> int:
+    """Completions of all evaluations: each problem greedily and sampled, before, after, between."""
+    while_training = -(-e.iters // e.eval.every) if e.eval.every else 0
+    return 2 * (2 * e.eval.n + while_training * e.es.test_samples)
 
 
 def cost(loaded: Loaded, e: Stage, task: Task | None) -> dict[str, Any]:
@@ -115,7 +126,7 @@ def cost(loaded: Loaded, e: Stage, task: Task | None) -> dict[str, Any]:
             found = cost_of_sft(loaded, e, task)
         else:
             assert task is not None, "the config requires a task for RL"
-            found = cost_of_grpo(loaded, e, task)
+            found = (cost_of_es if e.method == "es" else cost_of_grpo)(loaded, e, task)
         return found | {"peak_memory_mb": round(peak() / 1e6)}
 
 
@@ -137,6 +148,30 @@ def cost_of_grpo(loaded: Loaded, e: Stage, task: Task) -> dict[str, Any]:
         "seconds_rollout": round(sampled, 2),
         "seconds_learning": round(learnt, 2),
         "minutes": round((sampled + learnt) * e.iters / 60, 1),
+    }
+
+
+def cost_of_es(loaded: Loaded, e: Stage, task: Task) -> dict[str, Any]:
+    """One generation: its rollouts, and its update where the rewards call for one."""
+    one, reports = e.model_copy(update={"iters": 1}), []
+    clock = Clock()
+    loop = es.train(
+        loaded, task, one, optimizer_of(e), clock, lambda *report: reports.append(report)
+    )
+    list(loop)
+    metrics = reports[0][1]
+    seconds = {row["name"]: row["seconds"] for row in clock.report()["rows"]}
+    tokens, known = int(metrics["tokens_sampled"]), counts(e)
+    rate = seconds["rollout"] / known["rollouts_per_step"]
+    evaluating = rate * known["rollouts_of_evaluations"]
+    update = seconds.get("update", 0.0)
+    return known | {
+        "tokens_per_step": tokens,
+        "tokens": tokens * e.iters,
+        "seconds_rollout": round(seconds["rollout"], 2),
+        "seconds_learning": round(update, 2),
+        "minutes": round((seconds["rollout"] + update) * e.iters / 60, 1),
+        "minutes_of_evaluations": round(evaluating / 60, 1),
     }
 
 

@@ -11,8 +11,9 @@ from rich.markup import escape
 
 from mlx_lora import bases, distributed, models
 from mlx_lora.adapter import attach as attaching
-from mlx_lora.adapter import files
+from mlx_lora.adapter import files, population
 from mlx_lora.adapter.inits import REBASING, label
+from mlx_lora.adapter.weights import analyse
 from mlx_lora.blocks import Check
 from mlx_lora.check import certificate, gate
 from mlx_lora.check.gate import fingerprint
@@ -21,6 +22,7 @@ from mlx_lora.errors import RunError
 from mlx_lora.models import Loaded
 from mlx_lora.runlog import Clock, RunLog
 from mlx_lora.schema import Experiment, Stage
+from mlx_lora.spectral import weight_map
 
 CHECK = "check.json"
 
@@ -63,7 +65,8 @@ def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console)
         path = Path(asked.prompts) if asked.prompts else None
         probes = read(loaded, path, samples=asked.samples)
         prints = fingerprint(loaded, probes)
-        config, expect, about = attach(loaded, experiment)
+        with clock.measure("attach"):
+            config, expect, about = attach(loaded, experiment)
         init = label(e.init.name, e.init.options) if expect == "same" else None
         report = gate.judge(
             loaded,
@@ -77,6 +80,9 @@ def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console)
             about=about,
         )
     judged(report, log, console, stop=asked.on_fail == "stop")
+    if any(loop.method == "es" for loop in experiment.loops):
+        with clock.measure("weight analysis"):
+            weigh(loaded, log, console)
     rebased = e.init.name in REBASING and not e.resume_adapter_file
     base = log.folder / "base"
     if (loaded.quantized_here or rebased) and distributed.leads() and not base.exists():
@@ -87,10 +93,24 @@ def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console)
         with attaching.switched_off(loaded.model):
             prints = fingerprint(loaded, probes)
     initial = log.folder / "adapters" / "initial"
-    files.save(loaded.model, config, initial)
-    if expect == "same":
-        certificate.write(loaded, report, initial)
+    with clock.measure("save adapter"):
+        files.save(loaded.model, config, initial)
+        if expect == "same":
+            certificate.write(loaded, report, initial)
     return Prepared(loaded, config, probes, prints, report, e.seed, asked)
+
+
+def weigh(loaded: Loaded, log: RunLog, console: Console) -> None:
+    """weights.json and its picture, and a sentence where outliers stick out."""
+    stats = analyse(loaded.model)
+    weight_map.write(stats, log.folder)
+    if outlying := weight_map.outlying(stats):
+        worst = stats[outlying[0]]
+        console.print(
+            f"[yellow]Note:[/] {len(outlying)} of {len(stats)} matrices have weights far above "
+            f"their size, {escape(outlying[0])} up to {worst.peak:.0f} times; perturbations are "
+            "relative to the size without them (weights.json)."
+        )
 
 
 def refuse_other_bases(loaded: Loaded) -> None:
@@ -115,8 +135,11 @@ def attach(
     Returns the adapter's config, what to expect, and what an adapter from disk records of its base.
     """
     e = experiment.first
+    evolves = any(loop.method == "es" for loop in experiment.loops)
     if e.resume_adapter_file is not None:
         config = files.load(loaded.model, files.folder_of(e.resume_adapter_file))
+        if evolves:
+            population.refuse_unfit(loaded.model)
         return config | {"base": bases.identity(loaded)}, "healthy", config.get("base")
     lora = e.lora_parameters
     config = attaching.attach(
@@ -133,6 +156,10 @@ def attach(
         rows=attaching.calibration_rows(e),
     )
     loaded.model.eval()  # new layers drop inputs until they are told not to
+    if e.method == "es":
+        population.grow(loaded.model, e.es.init_scale)
+    if evolves:
+        population.refuse_unfit(loaded.model)
     return config | {"base": bases.identity(loaded)}, "same", None
 
 

@@ -147,6 +147,32 @@ def read(
     return rows, wrong
 
 
+def json_rows(path: str) -> list[tuple[str, Row]]:
+    """(place, row) of the objects in a JSON list, or in a file of one object a line."""
+    lines = list(lines_of(path))
+    wrong: list[str] = []
+    rows: list[tuple[str, Any]] = []
+    if lines and lines[0][1].lstrip().startswith("["):
+        whole = [(path, "\n".join(text for _, text in lines))]
+    else:
+        whole = lines
+    for place, text in whole:
+        try:
+            found = json.loads(text, parse_constant=refuse_constant)
+        except (ValueError, RecursionError) as error:
+            wrong.append(f"{place}: not JSON: {getattr(error, 'msg', None) or error}")
+            continue
+        many = isinstance(found, list)
+        rows += (
+            [(f"{place}[{i}]", row) for i, row in enumerate(found)] if many else [(place, found)]
+        )
+    wrong += [f"{place}: not an object" for place, row in rows if not isinstance(row, dict)]
+    if not rows and not wrong:
+        wrong.append(f"{path}: is empty: there is no row in it")
+    refuse(wrong)
+    return rows
+
+
 def lines_of(path: str) -> Iterator[tuple[str, str]]:
     """(file:line, text) of the lines that hold something."""
     file = Path(path).expanduser()

@@ -15,7 +15,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,8 @@ from mlx_lora import __version__, yamlfile
 from mlx_lora.errors import RunError
 
 PACKAGES = ("mlx", "mlx-lm", "transformers", "numpy")
-METRICS, STATUS = "metrics.jsonl", "status.json"
+METRICS, STATUS, TIMES = "metrics.jsonl", "status.json", "time_breakdown.json"
+Row = dict[str, Any]
 State = Literal["running", "finished", "interrupted", "failed"]
 
 
@@ -203,10 +204,12 @@ def commit() -> str | None:
 
 
 COLOURS = {  # kind -> colour, legend
-    "once": ("steelblue", "one-time"),
+    "once": ("steelblue", "once"),
     "step": ("coral", "per step"),
     "unaccounted": ("lightgrey", "unaccounted"),
 }
+SMALL = 0.005  # of the time: rows below it are shown as one
+SUMMED = ("once", "step")
 NO_PASS = {"count": 0, "p50": None, "p95": None}
 
 
@@ -218,16 +221,26 @@ class Clock:
     Not for several threads.
     """
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self.now, self.start = now, now()
+    def __init__(
+        self, now: Callable[[], float] = time.perf_counter, *, start: float | None = None
+    ) -> None:
+        """`start`: when it began, on the same clock, if earlier than now."""
+        self.now, self.start = now, now() if start is None else start
         self.seconds: dict[tuple[str, str], list[float]] = {}  # own time of each pass
         self.inner: list[float] = []  # per open block: the time of the blocks inside it
+        self.before: Mapping[str, Any] = {"total": 0.0, "parts": 0, "rows": []}
+        self.log: RunLog | None = None  # where `save` writes
 
     @contextlib.contextmanager
-    def measure(self, name: str, kind: Literal["once", "step"] = "once") -> Iterator[None]:
-        """Book the time of the block, less that of blocks inside it. `step`: runs every step."""
+    def measure(
+        self, name: str, kind: Literal["once", "step"] = "once", *, since: float | None = None
+    ) -> Iterator[None]:
+        """Book the time of the block, less that of blocks inside it. `step`: runs every step.
+
+        `since`: when it really began, before there was a clock.
+        """
         assert kind in ("once", "step"), f"kind is once or step, not {kind}"
-        begin = self.now()
+        begin = self.now() if since is None else since
         self.inner.append(0.0)
         try:
             yield
@@ -237,16 +250,48 @@ class Clock:
             if self.inner:
                 self.inner[-1] += elapsed
 
+    def carry(self, log: "RunLog") -> None:
+        """Write into this run's folder, and go on from what an earlier part of it has left there.
+
+        A part that was killed left what it had at its last checkpoint.
+        """
+        self.log = log
+        if (log.folder / TIMES).is_file():
+            self.before = json.loads((log.folder / TIMES).read_text(encoding="utf-8"))
+
+    def save(self) -> dict[str, Any]:
+        """The report so far, also in time_breakdown.json."""
+        found = self.report()
+        if self.log:
+            self.log.write_json(TIMES, found)
+        return found
+
     def report(self) -> dict[str, Any]:
         """Rows, longest first, that add up to `total` with the row `unaccounted`. Seconds.
 
-        p50 and p95 are of one pass through the block.
+        Of a resumed run, over all its parts; p50 and p95, of one pass through the block, are those
+        of the last part that went through it.
         """
         total = self.now() - self.start
         rows = [row(name, kind, own) for (name, kind), own in self.seconds.items()]
         rest = total - math.fsum(r["seconds"] for r in rows)
         rows.append(row("unaccounted", "unaccounted", [rest]) | NO_PASS)
-        return {"total": total, "rows": sorted(rows, key=lambda r: -r["seconds"])}
+        rows = merged(self.before["rows"], rows)
+        return {
+            "total": self.before["total"] + total,
+            "parts": self.before["parts"] + 1,
+            "rows": sorted(rows, key=lambda r: -r["seconds"]),
+        }
+
+
+def merged(before: Sequence[Row], now: Sequence[Row]) -> list[Row]:
+    """The rows of two parts: seconds and counts add up, the rest is the later one's."""
+    found = {(r["name"], r["kind"]): r for r in before}
+    for r in now:
+        old = found.get((r["name"], r["kind"]))
+        sums = {k: r[k] + old[k] for k in ("seconds", "count")} if old else {}
+        found[r["name"], r["kind"]] = {**r, **sums}
+    return list(found.values())
 
 
 def row(name: str, kind: str, own: list[float]) -> dict[str, Any]:
@@ -263,24 +308,52 @@ def in_words(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
 
 
+def gathered(report: Mapping[str, Any]) -> list[Row]:
+    """The rows for a person, longest first; those below SMALL of the time make one of each kind."""
+    total = report["total"]
+    found = [r for r in report["rows"] if r["seconds"] >= SMALL * total or r["kind"] not in SUMMED]
+    for kind in SUMMED:
+        rest = [r for r in report["rows"] if r["kind"] == kind and r not in found]
+        if len(rest) == 1:
+            found += rest
+        elif rest:
+            sums = {k: sum(r[k] for r in rest) for k in ("seconds", "count")}
+            found.append({"name": f"{len(rest)} more", "kind": kind, **sums})
+    return sorted(found, key=lambda r: -r["seconds"])
+
+
+def shared(seconds: float, total: float) -> str:
+    """
+    >>> shared(1, 3), shared(0.001, 3), shared(0, 0)
+    ('33%', '<1%', '0%')
+    """
+    share = seconds / total if total > 0 else 0.0
+    return "<1%" if 0 < share < 0.01 else f"{share:.0%}"
+
+
 def plot(report: Mapping[str, Any], path: Path) -> None:
     """The rows as one bar chart, 1000 pixels wide, longest on top. Needs no display."""
     from matplotlib.figure import Figure  # without pyplot: no backend, no global state
     from matplotlib.patches import Patch
 
-    rows, total = sorted(report["rows"], key=lambda r: r["seconds"]), report["total"]
+    rows, total = gathered(report)[::-1], report["total"]
     seconds = [max(r["seconds"], 0.0) for r in rows]
-    figure = Figure(figsize=(10, 1.3 + 0.42 * len(rows)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(10, 1.5 + 0.36 * len(rows)), dpi=100, layout="constrained")
     axes = figure.subplots()
     names = [r["name"].replace("$", r"\$") for r in rows]
     bars = axes.barh(range(len(rows)), seconds, color=[COLOURS[r["kind"]][0] for r in rows])
     axes.set_yticks(range(len(rows)), names)
-    labels = [f"{in_words(s)} · {s / total if total > 0 else 0:.0%}" for s in seconds]
+    labels = [f"{in_words(s)} · {shared(s, total)}" for s in seconds]
     axes.bar_label(bars, labels, padding=5, fontsize=12)
-    axes.set_xlim(0, max([*seconds, 1e-9]) * 1.25)  # room for the labels
+    axes.set_xlim(0, max([*seconds, 1e-9]) * 1.2)  # room for the labels
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel("seconds", fontsize=12)
     axes.tick_params(labelsize=12)
-    axes.set_title(f"Where {in_words(total)} went", fontsize=14)
+    axes.tick_params(axis="y", length=0)
+    stepping = math.fsum(r["seconds"] for r in rows if r["kind"] == "step")
+    parts = f", in {report['parts']} parts" if report["parts"] > 1 else ""
+    headline = f"Where {in_words(total)} went{parts}: {shared(stepping, total)} of it in steps"
+    axes.set_title(headline, fontsize=14, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     kinds = [kind for kind in COLOURS if any(r["kind"] == kind for r in rows)]
     handles = [Patch(color=COLOURS[kind][0], label=COLOURS[kind][1]) for kind in kinds]

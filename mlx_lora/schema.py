@@ -137,7 +137,8 @@ class Stage(Block):
         if not isinstance(raw, dict):
             return raw
         layers = -1 if raw.get("method") in RL else 16
-        return {"num_layers": layers, **{k: v for k, v in raw.items() if v is not None}}
+        given = {k: v for k, v in raw.items() if v is not None}
+        return {"num_layers": layers, **(greedy(given) if raw.get("method") == "es" else given)}
 
     @field_validator("hf_dataset", mode="before")
     @classmethod
@@ -161,6 +162,14 @@ class Stage(Block):
         if not isinstance(raw, str) or not match or match[2] not in SIZES:
             return raw
         return int(float(match[1]) * SIZES[match[2]])
+
+
+def greedy(raw: dict[str, Any]) -> dict[str, Any]:
+    """What a file of ES means where it says nothing: greedy rollouts, steps without momentum."""
+    rollout = raw.get("rollout", {})
+    if isinstance(rollout, dict) and rollout.get("temperature") is None:
+        rollout = {**rollout, "temperature": 0.0}
+    return {"optimizer": "sgd", **raw, "rollout": rollout}
 
 
 class Experiment(Stage):

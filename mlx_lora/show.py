@@ -1,5 +1,6 @@
 """Results for a person. Each function prints one finished thing; nothing here computes."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from mlx_lora.runlog import TIMES, gathered, in_words
 
 
 def out() -> Console:
@@ -33,6 +36,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         f"Check before training: {summary['check']['verdict']}. Alerts during it: {alerts}. "
         f"On the adapter: {modules}."
     )
+    if (folder / TIMES).exists():
+        console.print(times(json.loads((folder / TIMES).read_text(encoding="utf-8"))))
     console.print(f"{summary['seconds']:.0f} s. Everything is in {folder}:", markup=False)
     contents = {
         "adapters/": "the adapter, in mlx-lm's format",
@@ -48,6 +53,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         "effective_rank.png": "  the rank it uses, by block and layer",
         "dominance.png": "  how loud it is against the base",
         "time_breakdown.png": "where the time went",
+        "weights.png": "how large the frozen matrices are",
     }
     for name, text in contents.items():
         if (folder / name).exists():
@@ -61,6 +67,23 @@ def print_summary(summary: Mapping[str, Any]) -> None:
             soft_wrap=True,
             markup=False,
         )
+
+
+def times(breakdown: Mapping[str, Any]) -> Table:
+    """Where the time went, longest first, with its share; what is small in one row of each kind."""
+    total = breakdown["total"]
+    parts = f", in {breakdown['parts']} parts" if breakdown["parts"] > 1 else ""
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"where {in_words(total)} went{parts}", title_justify="left"
+    )
+    for heading in ("", "", "time", "share", "passes"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for row in gathered(breakdown):
+        kind = {"once": "once", "step": "per step"}.get(row["kind"], "")
+        share = f"{row['seconds'] / total:.1%}"
+        passes = f"{row['count']:,}" if row["count"] else ""
+        table.add_row(row["name"], kind, in_words(row["seconds"]), share, passes)
+    return table
 
 
 def accuracies(summary: Mapping[str, Any]) -> Table:

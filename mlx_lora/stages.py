@@ -17,14 +17,15 @@ from mlx_lora.adapter.attach import remember_start
 from mlx_lora.adapter.schedules import scale_of, set_scale
 from mlx_lora.contest import BEST, Contest
 from mlx_lora.data import Text
-from mlx_lora.guard import Guard, Unhealthy
+from mlx_lora.guard import Guard, Unhealthy, plain_texts
 from mlx_lora.optimizers import optimizer_of
 from mlx_lora.prepare import CHECK, Prepared, check_again
 from mlx_lora.progress import watch
 from mlx_lora.recorder import Recorder
-from mlx_lora.rl import checkpoints, grpo
+from mlx_lora.rl import checkpoints, es, grpo
 from mlx_lora.rl.checkpoints import Snapshot
 from mlx_lora.rl.evaluate import examination
+from mlx_lora.rl.forgetting import looking
 from mlx_lora.rl.rejection import harvest
 from mlx_lora.runlog import STATUS, Clock, RunLog, State
 from mlx_lora.schema import Experiment, Stage
@@ -148,11 +149,16 @@ def train(
     found: dict[str, Any] = {}
     loop: Callable[..., Iterator[int]]
     if e.method == "sft":
-        texts, valid, found = lessons(e, prepared, task, log, clock, console)
+        with clock.measure("data"):
+            texts, valid, found = lessons(e, prepared, task, log, clock, console)
         e = recorder.e = lasting(e, len(texts))
         loop, inputs, options = sft.train, texts, {"valid": valid}
-    else:
+    elif e.method == "grpo":
         loop, inputs, options = grpo.train, task, {"report_norms": recorder.gradients}
+    else:
+        assert task is not None, "the config requires a task for RL"
+        look = looking(loaded, task, e, plain_texts(prepared.probes), clock)
+        loop, inputs, options = es.train, task, {"anchor": es.factors(model), "look": look}
     start, memory = 0, {}
     if saved := checkpoints.every(log.folder / CHECKPOINTS):
         start = checkpoints.load(saved[-1], model, optimizer)
@@ -172,12 +178,14 @@ def train(
             recorder.watcher = watcher
             options |= {"start": start, "history": recorder.history}
             steps = loop(loaded, inputs, e, optimizer, clock, recorder, **options)
-            guard = Guard(e, prepared, recorder)
+            with clock.measure("guard"):
+                guard = Guard(e, prepared, recorder)
             guard.recall(memory)
             done = follow(steps, start, e, prepared, optimizer, guard, contest, log)
     finally:
-        for folder in folders:
-            files.save(model, prepared.config, folder)
+        with clock.measure("save adapter"):
+            for folder in folders:
+                files.save(model, prepared.config, folder)
     distributed.refuse_difference("the trained adapter", model.trainable_parameters())
     with clock.measure("plot"):
         curves.draw(recorder.history, log.folder / curves.FILE)
@@ -205,6 +213,8 @@ def exam(e: Stage, prepared: Prepared, task: Task | None) -> Callable[[], dict[s
     """What measures the model while it trains; None where it is not asked for."""
     if task is None or not e.eval.every:
         return None
+    if e.method == "es":
+        e = e.model_copy(update={"eval": e.eval.model_copy(update={"n": e.es.test_samples})})
     return examination(prepared.loaded, task, e)
 
 
@@ -238,6 +248,7 @@ def follow(
             if last.steps_done % e.save_every == 0:
                 with recorder.clock.measure("checkpoint", kind="step"):
                     keep()
+                recorder.clock.save()
             if over:
                 break
     except Unhealthy:

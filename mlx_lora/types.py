@@ -45,6 +45,7 @@ class Task:
     group: Callable[[Sample, Sequence[str]], Sequence[Reward]] | None = None  # reward, many at once
     threads: int = 4  # calls of the reward at a time, at most
     notice: str = ""  # a sentence to say before a run
+    kl_samples: int = 0  # completions of each held-out problem to measure the KL to the base on
 
 
 @dataclass(frozen=True)

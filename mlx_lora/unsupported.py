@@ -9,13 +9,17 @@ from mlx_lora.config import resolved
 from mlx_lora.errors import ConfigError
 from mlx_lora.schema import Experiment, Stage
 
-METHODS = ("sft", "grpo")
+METHODS = ("sft", "grpo", "es")
 EVERYWHERE = (
     "report_to", "clear_cache_threshold", "train",
     "test", "lora_parameters.type", "lora_parameters.rank_pattern",
 )  # fmt: skip
 UNUSED = {  # keys that a method does not act on
     "grpo": (*EVERYWHERE, "epochs"),
+    "es": (
+        *EVERYWHERE, "epochs", "batch_size", "learning_rate", "lr_schedule", "scale_schedule",
+        "grad_accumulation_steps", "grad_checkpoint", "lora_parameters.lora_plus_ratio",
+    ),
     "sft": (
         *EVERYWHERE, "grad_accumulation_steps", "hf_dataset", "prompt_feature",
         "completion_feature", "chat_feature", "text_feature", "test_batches",
@@ -46,6 +50,8 @@ def ignored(e: Stage) -> Iterator[str]:
         return
     if e.fine_tune_type == "full":
         yield "fine_tune_type full is not available: use lora or dora"
+    if e.method == "es":
+        yield from unfit_for_es(e)
     plain, default = resolved(e), resolved(Stage(method=e.method))
     if e.eval.every and not e.task:
         yield "eval.every measures accuracy on a task: name one (SFT validates by steps_per_eval)"
@@ -54,6 +60,20 @@ def ignored(e: Stage) -> Iterator[str]:
     keys = [k for k in UNUSED[e.method] if value(plain, k) != value(default, k)]
     if keys:
         yield f"method {e.method} does not act on {', '.join(keys)} yet"
+
+
+def unfit_for_es(e: Stage) -> Iterator[str]:
+    """What evolution strategies cannot start from or step with."""
+    if e.fine_tune_type == "dora":
+        yield "method es perturbs plain LoRA, not dora: use fine_tune_type lora, or method grpo"
+    if e.optimizer not in ("sgd", "adam"):
+        yield f"method es steps with sgd (with or without momentum) or adam, not {e.optimizer}"
+    elif e.optimizer_config.get(e.optimizer, {}).get("weight_decay"):
+        yield f"method es decays toward the start with es.anchor, not {e.optimizer}'s weight_decay"
+    if e.es.init_scale != 1 and (
+        e.resume_adapter_file or not is_harmless(e.init.name, e.init.options)
+    ):
+        yield "es.init_scale scales A, which moves the model unless the adapter starts at zero"
 
 
 def value(tree: Any, key: str) -> Any:
@@ -84,6 +104,8 @@ def moving(e: Stage) -> Iterator[str]:
 def late(experiment: Experiment) -> Iterator[str]:
     """The same for a stage that takes over the adapter of another."""
     for number, e in enumerate(experiment.loops[1:], start=2):
+        if e.method == "es" and e.es.init_scale != 1:
+            yield f"stages.{number - 1}.es.init_scale: stage {number} starts from a trained adapter"
         if e.scale_schedule is not None:
             yield (
                 f"stages.{number - 1}.scale_schedule: stage {number} starts from a trained "

@@ -237,6 +237,6 @@ def problems(rng: random.Random) -> Iterator[tuple[str, str]]:
     for numbers, target, gold in draws:
         careless = rng.random() < CARELESS
         answer = " + ".join(map(str, numbers)) if careless else gold
-        sample = countdown.make_sample(numbers, target, answer, option["template"])
+        sample = countdown.make_sample(numbers, target, answer, template=option["template"])
         assert isinstance(sample.prompt, str), "no system prompt was asked for"
         yield sample.prompt, sample.gold

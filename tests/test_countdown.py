@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mlx_lora.errors import ConfigError, TaskError, UnknownNameError
 from mlx_lora.tasks import load_task, score
-from mlx_lora.tasks.countdown import OPERATIONS, evaluate, expression, reward
+from mlx_lora.tasks.countdown import OPERATIONS, evaluate, expression, strict_reward
 from mlx_lora.types import Reward, Sample, Task
 
 OPTIONS = [
@@ -291,17 +291,17 @@ COMPLETIONS = [
 
 @pytest.mark.parametrize(("numbers", "target", "text"), ACCEPTED)
 def test_honest_answers_earn_one(numbers, target, text):
-    assert reward(sample(numbers, target), answer(text)) == Reward(1.0, "correct")
+    assert strict_reward(sample(numbers, target), answer(text)) == Reward(1.0, "correct")
 
 
 @pytest.mark.parametrize(("numbers", "target", "text", "reason"), HOSTILE)
 def test_hostile_answers_earn_nothing_and_say_why(numbers, target, text, reason):
-    assert reward(sample(numbers, target), answer(text)) == Reward(0.0, reason)
+    assert strict_reward(sample(numbers, target), answer(text)) == Reward(0.0, reason)
 
 
 @pytest.mark.parametrize(("completion", "reason"), COMPLETIONS)
 def test_answer_blocks(completion, reason):
-    assert reward(sample(), completion) == Reward(float(reason == "correct"), reason)
+    assert strict_reward(sample(), completion) == Reward(float(reason == "correct"), reason)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_answer_blocks(completion, reason):
 def test_long_texts_finish(piece):
     text = piece * (10**6 // len(piece))
     for completion in (text, answer(text), "<think>" + text + answer("3+5")):
-        assert reward(sample(), completion).value == 0
+        assert strict_reward(sample(), completion).value == 0
 
 
 # Properties
@@ -322,7 +322,7 @@ GRAMMAR = ["<answer>", "</answer>", "<think>", "</think>", *"0123456789+-*/() ."
 @given(st.text() | st.lists(st.sampled_from(GRAMMAR)).map("".join))
 def test_reward_is_total_and_bounded(text):
     for completion in (text, answer(text)):
-        got = reward(sample(), completion, partial_credit=0.5)
+        got = strict_reward(sample(), completion, partial_credit=0.5)
         assert 0 <= got.value <= 1 and got.reason
         assert (got.value == 1) == (got.reason == "correct")
 

@@ -71,6 +71,11 @@ def test_a_killed_run_resumed_equals_an_uninterrupted_one_bitwise(tmp_path, monk
     pairs = [files.read(tmp_path / name / "adapters")[1] for name in ("whole", "cut")]
     assert pairs[0].keys() == pairs[1].keys()
     assert all(mx.array_equal(pairs[0][k], pairs[1][k]) for k in pairs[0])
+    times = json.loads((tmp_path / "cut" / "time_breakdown.json").read_text())
+    counts = {row["name"]: row["count"] for row in times["rows"] if row["kind"] == "step"}
+    assert times["parts"] == 2 and counts["learn"] == 3 + 3, "the step that was lost took time too"
+    assert counts["prefill"] == counts["reward"] == 6 < counts["decode"]
+    assert times["total"] == pytest.approx(sum(row["seconds"] for row in times["rows"]))
     start = files.read(tmp_path / "whole" / "adapters" / "initial")[1]
     assert any(not mx.array_equal(start[k], pairs[0][k]) for k in start), "nothing was learnt"
 
@@ -83,6 +88,12 @@ def test_resume_refuses_another_experiment_and_a_finished_run(tmp_path):
     status.write_text(status.read_text().replace("finished", "running"))
     with pytest.raises(ConfigError, match="learning_rate"):
         run(tmp_path / "run", YAML.replace("1e-4", "1e-3"), resume=True)
+    held_out = tmp_path / "run" / "held_out.json"
+    about = json.loads(held_out.read_text())
+    assert len(set(about["ids"])) == about["n"] == about["while_training"] == 16
+    held_out.write_text(json.dumps(about | {"ids": about["ids"][::-1]}))
+    with pytest.raises(RunError, match="held-out problems of .* were others"):
+        run(tmp_path / "run", resume=True)
 
 
 def test_a_run_that_was_killed_is_resumed_to_the_same_bits(tmp_path):

@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 
 from mlx_lora import config, experiment
+from mlx_lora.adapter.weights import WeightStats
 from mlx_lora.check.gates import gates
 from mlx_lora.doctor import examine
 from mlx_lora.plan import plan
 from mlx_lora.progress import console
 from mlx_lora.registry import options
 from mlx_lora.rl.monitor import watchers
+from mlx_lora.runlog import json_safe
 from mlx_lora.spectral import metrics as spectral
 from mlx_lora.spectral.alerts import alerts
 from mlx_lora.spectral.report import to_json
+from mlx_lora.spectral.weight_map import to_json as to_json_of_weights
 from mlx_lora.types import Finding, Reward
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
@@ -39,7 +42,7 @@ WHOLE |= {"parts", "pass_at"}
 WHOLE |= {f"structural.{scaled}per_layer_dominance" for scaled in ("", "scaled_")}
 # keys below these are names of things
 FAMILIES = {"reason": "CODE", "reward": "PART"}  # reason/correct is in the row of reason/CODE
-NAMED = {"adapters": "MODULE", "norms": "MODULE", "versions": "PACKAGE"}
+NAMED = {"matrices": "MODULE", "adapters": "MODULE", "norms": "MODULE", "versions": "PACKAGE"}
 Rows = dict[str, str]
 
 
@@ -150,7 +153,7 @@ def read(path: Path) -> list[dict]:
 
 FILES = (
     "metrics.jsonl", "samples.jsonl", "gradients.jsonl", "evals.jsonl", "check.json",
-    "summary.json", "time_breakdown.json", "status.json", "environment.json",
+    "summary.json", "time_breakdown.json", "status.json", "environment.json", "held_out.json",
 )  # fmt: skip
 
 
@@ -198,6 +201,11 @@ def test_a_spectrum_holds_the_documented_keys(run):
     assert emitted(to_json(full)) == documented("spectrum.json")
     (document,) = read(run / "spectrum.json")
     assert emitted(document) - {"dynamics", "alerts[]"} <= documented("spectrum.json")
+
+
+def test_the_weights_hold_the_documented_keys():
+    stats = {"q_proj": WeightStats((2, 3), 1.0, 1.0, 0.7, 2.0, 3.0, 3.0, 0.0)}
+    assert emitted(json_safe(to_json_of_weights(stats))) == documented("weights.json")
 
 
 def test_an_alert_holds_the_documented_keys():

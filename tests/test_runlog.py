@@ -197,6 +197,46 @@ def test_rows_add_up_and_nested_blocks_are_not_counted_twice():
     }
 
 
+def test_the_parts_of_a_resumed_run_add_up(tmp_path):
+    time = Time()
+    log = RunLog(tmp_path)
+    for part, decode in enumerate((2, 5), start=1):
+        clock = Clock(now=time, start=time())
+        time.pass_by(1)  # in neither block
+        clock.carry(log)
+        if part == 1:
+            with clock.measure("load"):
+                time.pass_by(10)
+        with clock.measure("decode", kind="step"):
+            time.pass_by(decode)
+        saved = clock.save()
+        assert json.loads((tmp_path / "time_breakdown.json").read_text()) == saved
+        time.pass_by(99)  # killed here: this is in no report
+    assert saved["parts"] == 2 and saved["total"] == 13 + 6
+    assert seconds(saved) == {"load": 10, "decode": 7, "unaccounted": 2}
+    (decode_row,) = [r for r in saved["rows"] if r["name"] == "decode"]
+    assert decode_row["count"] == 2 and decode_row["p50"] == 5
+
+
+def test_time_before_the_clock_belongs_to_the_block_that_began_then():
+    time = Time()
+    began = time()
+    time.pass_by(3)
+    clock = Clock(now=time, start=began)
+    with clock.measure("import", since=began):
+        time.pass_by(4)
+    assert seconds(clock.report()) == {"import": 7, "unaccounted": 0}
+
+
+def test_small_rows_are_shown_as_one_and_nothing_is_lost():
+    rows = [{"name": str(i), "kind": "once", "seconds": 0.1, "count": 2} for i in range(3)]
+    rows += [{"name": "decode", "kind": "step", "seconds": 99.6, "count": 7}]
+    rows += [{"name": "log", "kind": "step", "seconds": 0.1, "count": 7}]
+    found = runlog.gathered({"total": 100.0, "rows": rows})
+    assert [(r["name"], r["count"]) for r in found] == [("decode", 7), ("3 more", 6), ("log", 7)]
+    assert sum(r["seconds"] for r in found) == pytest.approx(sum(r["seconds"] for r in rows))
+
+
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 100)), max_size=20))
 def test_rows_add_up_whatever_happens(script):
     """Blocks opened (1), closed (2), or only time passing (0); an error closes the rest."""

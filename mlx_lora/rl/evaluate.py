@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.models import Loaded
+from mlx_lora.rl.drift import kl_to_base
 from mlx_lora.rl.rollout import rollout
 from mlx_lora.schema import Stage
 from mlx_lora.types import CORRECT, SCORED, Group, Reward, Sample, Task
@@ -32,15 +33,18 @@ def evaluate(
 
     The problems depend on the task and n alone, so that before and after face the same ones: all of
     them where there are fewer than n. `group` completions of each are sampled at temperature 1.
-    `stop` None: the task's own. `heard` gets all completions.
+    `stop` None: the task's own. `heard` gets all completions. A task may want more of each, to
+    measure the KL to the base on.
     """
     samples = task.load("test", n, 0)
     options = {"stop": stop, "reward_seconds": reward_seconds}
     greedy = judge(loaded, task, samples, max_tokens, 0.0, seed, **options)
     heard(0.0, greedy)
+    group = max(group, task.kl_samples)
     sampled = judge(loaded, task, samples, max_tokens, 1.0, seed, group=group, **options)
     heard(1.0, sampled)
-    return summed_up([g.rewards[0] for g in greedy], [g.rewards for g in sampled])
+    found = summed_up([g.rewards[0] for g in greedy], [g.rewards for g in sampled])
+    return found | {"kl_to_base": kl_to_base(loaded.model, sampled) if task.kl_samples else None}
 
 
 def examination(loaded: Loaded, task: Task, e: Stage) -> Callable[[], dict[str, Any]]:
@@ -76,7 +80,8 @@ def summed_up(greedy_P: Sequence[Reward], sampled_PG: Sequence[Sequence[Reward]]
     found: dict[str, Any] = {"n": n} | dict.fromkeys(
         ("accuracy", "accuracy_low", "accuracy_high", "accuracy_sampled")
     )
-    found |= {"pass_at": {}, "reward_mean": float(np.mean([r.value for r in greedy_P]))}
+    found |= {"pass_at": {}, "reward_mean": mean_value(greedy_P)}
+    found["reward_mean_sampled"] = mean_value([r for row in sampled_PG for r in row])
     if any(r.reason != SCORED for r in greedy_P):
         hits = sum(r.reason == CORRECT for r in greedy_P)
         low, high = wilson(hits, n)
@@ -92,6 +97,10 @@ def summed_up(greedy_P: Sequence[Reward], sampled_PG: Sequence[Sequence[Reward]]
             "pass_at": passed,
         }
     return found | {"reasons": dict(Counter(r.reason for r in greedy_P).most_common())}
+
+
+def mean_value(rewards: Sequence[Reward]) -> float:
+    return float(np.mean([r.value for r in rewards]))
 
 
 def pass_at(k: int, n: int, correct: int) -> float:
@@ -112,8 +121,15 @@ def sentence(result: dict[str, Any]) -> str:
     return (
         f"accuracy {result['accuracy']:.1%} of {result['n']} held-out problems "
         f"({result['accuracy_low']:.1%} to {result['accuracy_high']:.1%}), "
-        f"sampled {result['accuracy_sampled']:.1%}"
+        f"sampled {result['accuracy_sampled']:.1%}" + beside(result)
     )
+
+
+def beside(result: dict[str, Any]) -> str:
+    """Reward and KL, of a task that has its KL measured."""
+    if result.get("kl_to_base") is None:
+        return ""
+    return f"; mean reward {result['reward_mean']:.4g}, KL to base {result['kl_to_base']:.3g}"
 
 
 def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:

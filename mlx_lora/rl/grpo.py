@@ -53,7 +53,7 @@ def train(
             configured = e.lora_parameters.effective_scale
             set_scale(model, scale_at(schedule, configured, e.iters, step, before))
         with clock.measure("rollout", kind="step"):
-            sampled, groups = sample(loaded, task, samples, e, step)
+            sampled, groups = sample(loaded, task, samples, e, step, clock)
         metrics = describe(sampled, rewards(sampled)) | {"scale": scale_of(model)}
         if e.grpo.dynamic_sampling:
             metrics["groups_resampled"] = len(sampled) - e.batch_size
@@ -72,7 +72,7 @@ def train(
 
 
 def sample(
-    loaded: Loaded, task: Task, samples: Sequence[Sample], e: Stage, step: int
+    loaded: Loaded, task: Task, samples: Sequence[Sample], e: Stage, step: int, clock: Clock
 ) -> tuple[list[Group], list[Group]]:
     """All groups that were sampled in a step, and those to learn from.
 
@@ -92,6 +92,7 @@ def sample(
             seed=e.seed,
             step=step,
             numbers=numbers,
+            clock=clock,
             **e.rollout.model_dump(),
         )
         useful = np.flatnonzero(~zero_variance(rewards(found))).tolist()

@@ -67,7 +67,7 @@ def no_signal(history: History, *, window: int = 5, share: float = 0.95) -> Find
     message = f"{now:.0%} of the groups had no spread in their rewards (mean {reward:.2f})"
     easier = "The task is solved: stop, or make it harder."
     harder = "Start from a model that sometimes succeeds (SFT first), or make the task easier."
-    if reward < 0.5 * best(history, "reward", window):
+    if reward < 0.5 * best(history, "reward", window) and reward >= 0:
         harder = "It did succeed before: lower the learning rate and start again."
     return Finding("no_signal", "", message, easier if reward > 0.5 else harder)
 

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from mlx_lora import distributed
+from mlx_lora.caches import Sit, nobody
 from mlx_lora.generate import WIDTH, generate
 from mlx_lora.models import Loaded
 from mlx_lora.rl.rewards import Scorer
+from mlx_lora.runlog import Clock
 from mlx_lora.types import Group, Reward, Rollout, Sample, Task
 
 
@@ -69,11 +71,15 @@ def sampled(
     numbers: Sequence[int] | None = None,
     purpose: str = "rollout",
     heard: Callable[[int], None] = lambda prompts: None,
+    sit: Sit = nobody,
+    clock: Clock | None = None,
 ) -> list[Group]:
     """`group` completions of each sample by the model as it stands, scored while others decode.
 
     `stop` None means the task's own. `heard` learns how many samples have all their completions.
+    `clock` gets the times of prefill, decode, and the wait for rewards when decoding is over.
     """
+    clock = clock or Clock()
     with Scorer(task, reward_seconds) as scorer:
 
         def done(p: int, rollouts: list[Rollout]) -> None:
@@ -95,8 +101,11 @@ def sampled(
             stop=stops(task) if stop is None else stop,
             width=width,
             done=done,
+            sit=sit,
+            clock=clock,
         )
-        rewards_PG = scorer.results()
+        with clock.measure("reward", kind="step"):
+            rewards_PG = scorer.results()
     return [Group(*parts) for parts in zip(samples, rows_PG, rewards_PG, strict=True)]
 
 

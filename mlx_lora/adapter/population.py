@@ -1,0 +1,300 @@
+"""Many perturbed adapters in one forward: each row of a batch is computed by a member of its own.
+
+The frozen layer meets all rows in one product, as does the factor that all members share; only the
+perturbed factor is a batched product, a member a matrix. Nothing is ever written into the adapter.
+
+Noise is a function of (seed, generation, direction, module) alone, from a hash, so that every
+machine makes the same and nobody has to keep or send it. Antithetic members 2k and 2k + 1 take one
+direction with both signs, in one factor: the update scale · A B is linear in each.
+"""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.tuner.lora import LoRALinear
+
+from mlx_lora.adapter.attach import lora_layers
+from mlx_lora.adapter.weights import rms_of
+from mlx_lora.caches import Sit, company
+from mlx_lora.cpu_layers import SILENT, rows, view, with_bias
+from mlx_lora.errors import AdapterError
+from mlx_lora.models import split_head
+
+Kind = Literal["rademacher", "uniform"]
+Factor = Literal["lora_a", "lora_b"]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The directions of one generation, of mean 0 and variance 1."""
+
+    seed: int
+    generation: int
+    factor: Factor = "lora_b"
+    kind: Kind = "rademacher"
+    antithetic: bool = True
+
+    def of(self, members: Sequence[int]) -> tuple[list[int], np.ndarray]:
+        """Direction and sign of each of these members."""
+        if not self.antithetic:
+            return list(members), np.ones(len(members), np.float32)
+        signs = np.array([1 - 2 * (m % 2) for m in members], np.float32)
+        return [m // 2 for m in members], signs
+
+    def drawn(self, name: str, directions: Sequence[int], shape: tuple[int, ...]) -> mx.array:
+        """One module's directions [K, *shape], float32."""
+        key = f"es/{self.seed}/{self.generation}/{self.factor}/{name}"
+        draw = {"rademacher": rademacher, "uniform": uniform}[self.kind]
+        drawn = [draw(f"{key}/{k}", math.prod(shape)).reshape(shape) for k in directions]
+        return mx.array(np.stack(drawn))
+
+
+def rademacher(key: str, count: int) -> np.ndarray:
+    """[count] numbers, 1 or -1, one bit of the key's hash each."""
+    digest = hashlib.shake_128(key.encode()).digest(-(-count // 8))
+    bits = np.unpackbits(np.frombuffer(digest, np.uint8), count=count)
+    return 1 - 2 * bits.astype(np.float32)
+
+
+def uniform(key: str, count: int) -> np.ndarray:
+    """[count] numbers in ±sqrt(3), 16 bits of the key's hash each."""
+    digest = hashlib.shake_128(key.encode()).digest(2 * count)
+    odd = 2 * np.frombuffer(digest, "<u2").astype(np.float32) - (2**16 - 1)
+    return odd * np.float32(math.sqrt(3) / 2**16)
+
+
+def perturbed(master: mx.array, noise_K: mx.array, sizes_K: mx.array) -> mx.array:
+    """[K, *shape] of members: the master plus each one's direction, so long (negative: against)."""
+    return master + sizes_K.reshape(-1, *[1] * master.ndim) * noise_K
+
+
+def sigma_of(layer: Any, factor: Factor, perturb_scale: float) -> float:
+    """The noise that moves scale · A B by perturb_scale · rms(W), the weight's outliers cut.
+
+    rms(A · noise) = sigma · ||A|| / sqrt(d_in), likewise for B: 0 where the other factor is 0.
+    """
+    other = layer.lora_a if factor == "lora_b" else layer.lora_b.T
+    lever = abs(float(layer.scale)) * float(mx.linalg.norm(other)) / math.sqrt(other.shape[0])
+    return perturb_scale * size_of(layer) / lever if lever else 0.0
+
+
+def size_of(layer: Any) -> float:
+    """The size of the frozen weight under a LoRA layer, outliers cut. Remembered there."""
+    if "_size" not in layer.__dict__:
+        layer.__dict__["_size"] = rms_of(layer.linear)
+    return layer.__dict__["_size"]
+
+
+def refuse_unfit(model: nn.Module) -> None:
+    """AdapterError that lists the adapted layers which have no population form."""
+    kinds = {
+        "LoRASwitchLinear": "mixture-of-experts layer",
+        "LoRAEmbedding": "embedding",
+        "LeanDoRALinear": "DoRA layer",
+        "DoRALinear": "DoRA layer",
+    }
+    misfits = [
+        f"  {name} ({kinds.get(type(m).__name__, type(m).__name__)})"
+        for name, m in lora_layers(model).items()
+        if not isinstance(m, LoRALinear)
+    ]
+    if misfits:
+        more = [f"  ... {len(misfits)} in all"] if len(misfits) > 8 else []
+        raise AdapterError(
+            "method es perturbs plain LoRA on linear layers; these are of another kind\n"
+            + "\n".join(misfits[:8] + more),
+            "Leave them out of lora_parameters.keys, use fine_tune_type lora, or method grpo.",
+        )
+
+
+def grow(model: nn.Module, gain: float) -> None:
+    """Multiply every A by so much. Harmless while B is zero."""
+    for layer in lora_layers(model).values():
+        layer.lora_a = gain * layer.lora_a
+
+
+@dataclass(frozen=True)
+class Seating:
+    """Rows [B] in groups of equal size, one group a matrix. None: they lie so already."""
+
+    rows: int
+    groups: int
+    row_at: np.ndarray | None  # [groups · seats], of an empty seat any
+    seat_of: np.ndarray | None  # [B]
+
+    @cached_property
+    def row_at_mx(self) -> mx.array:
+        return mx.array(self.row_at)
+
+    @cached_property
+    def seat_of_mx(self) -> mx.array:
+        return mx.array(self.seat_of)
+
+
+def seated(group_of_B: Sequence[int], groups: int) -> Seating:
+    """Where each row sits: groups in order, rows within a group in theirs, the largest decides.
+
+    >>> s = seated([0, 1, 0], 2)
+    >>> s.row_at.tolist(), s.seat_of.tolist()
+    ([0, 2, 1, 0], [0, 2, 1])
+    """
+    order = np.argsort(np.array(group_of_B), kind="stable")
+    counts = np.bincount(np.array(group_of_B), minlength=groups)
+    seats, rows = int(counts.max()), len(group_of_B)
+    if seats * groups == rows and np.array_equal(order, np.arange(rows)):
+        return Seating(rows, groups, None, None)
+    first = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    place = (
+        np.arange(rows) - np.repeat(first, counts) + np.repeat(np.arange(groups), counts) * seats
+    )
+    row_at, seat_of = np.zeros(groups * seats, np.int64), np.zeros(rows, np.int64)
+    row_at[place], seat_of[order] = order, place
+    return Seating(rows, groups, row_at, seat_of)
+
+
+@dataclass
+class Crowd:
+    """The members of a batch: whom each row belongs to, told before every forward."""
+
+    member_of: Sequence[int]  # of each prompt, as a place among `members`
+    direction_of: Sequence[int]  # of each member, as a place among the directions
+    signs: np.ndarray  # of each member
+    directions: int
+    factor: Factor
+    seated_for: Sequence[int] = ()
+
+    def sit(self, prompts: Sequence[int]) -> None:
+        """The next forwards have a row of each of these prompts."""
+        if prompts == self.seated_for:
+            return
+        self.seated_for = prompts
+        members = [self.member_of[p] for p in prompts]
+        self.by_member = seated(members, len(self.signs))
+        self.by_direction = seated([self.direction_of[m] for m in members], self.directions)
+        self.signs_B1 = self.signs[members][:, None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the crowd does to one layer."""
+
+    crowd: Crowd
+    noise_K: mx.array  # [directions, *factor]
+    sigma: float
+    factor_M: mx.array  # [members, *factor], lazy: not computed where the merged form is used
+
+
+@contextlib.contextmanager
+def population(
+    model: nn.Module,
+    noise: Noise,
+    sigmas: Mapping[str, float],
+    members: Sequence[int],
+    member_of: Sequence[int],
+) -> Iterator[Sit]:
+    """Inside, a forward computes each row by its member; the adapter itself stays as it is.
+
+    `sigmas` by module. `members` by number; `member_of` says of each prompt at which place of them
+    its member is. What is yielded has to hear, before each forward, which prompts its rows are of.
+    """
+    refuse_unfit(model)
+    split_head(model)  # this and the next are tried on the model, with rows that have no member
+    company(model)
+    directions, signs = noise.of(members)
+    used = sorted(set(directions))
+    place_of = {k: i for i, k in enumerate(used)}
+    of_member = [place_of[k] for k in directions]
+    crowd = Crowd(member_of, of_member, signs, len(used), noise.factor)
+    layers = lora_layers(model)
+    before = {name: type(layer) for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            master = layer[noise.factor]
+            noise_K = noise.drawn(name, used, master.shape)
+            sizes = mx.array(np.float32(sigmas[name]) * signs)
+            every = perturbed(master, noise_K[mx.array(of_member)], sizes)
+            layer.__dict__["_part"] = Part(crowd, noise_K, sigmas[name], every)
+            layer.__class__ = population_twin(type(layer))
+        yield crowd.sit
+    finally:
+        for name, layer in layers.items():
+            layer.__dict__.pop("_part", None)
+            layer.__class__ = before[name]
+
+
+@cache
+def population_twin(parent: type) -> type:
+    """A LoRA layer's class that computes each row by its member."""
+
+    def call(self: Any, x: mx.array) -> mx.array:
+        part: Part = self.__dict__["_part"]
+        if "_merged" in self.__dict__ and x.dtype == mx.float32:
+            return with_bias(self.linear, by_merged(self, part, x))
+        seating, y = part.crowd.by_member, self.linear(x)
+        if part.crowd.factor == "lora_b":
+            z = batched(x @ self.lora_a, part.factor_M, seating)
+        else:
+            z = batched(x, part.factor_M, seating) @ self.lora_b
+        return y + (self.scale * z).astype(x.dtype)
+
+    return type(f"Population{parent.__name__}", (parent,), {"__call__": call})
+
+
+def batched(x: mx.array, w_PKO: mx.array, seating: Seating) -> mx.array:
+    """x [..., K] times the matrix of each row's group. The first axes of x are rows, then tokens.
+
+    A head may get all rows on one axis: what counts is their order.
+    """
+    x_BLK = x.reshape(seating.rows, -1, x.shape[-1])
+    if seating.row_at is not None:
+        x_BLK = x_BLK[seating.row_at_mx]
+    y_PNO = x_BLK.reshape(seating.groups, -1, x.shape[-1]) @ w_PKO
+    y_BLO = y_PNO.reshape(-1, x_BLK.shape[1], w_PKO.shape[-1])
+    if seating.seat_of is not None:
+        y_BLO = y_BLO[seating.seat_of_mx]
+    return y_BLO.reshape(*x.shape[:-1], -1)
+
+
+@SILENT
+def by_merged(layer: Any, part: Part, x: mx.array) -> mx.array:
+    """The CPU's way: one product with W + scale · A B, and the noise alone beside it.
+
+    A pair is one group, its second member's rows with the other sign.
+    """
+    x_NI, size = rows(view(x)), np.float32(float(np.array(layer.scale)) * part.sigma)
+    seating = part.crowd.by_direction
+    y_NO = x_NI @ view(layer.__dict__["_merged"]).T
+    if part.crowd.factor == "lora_b":
+        moved_NO = grouped(signed(x_NI @ view(layer.lora_a), part, size), part.noise_K, seating)
+    else:
+        z_NR = grouped(x_NI, part.noise_K, seating)
+        moved_NO = signed(z_NR, part, size) @ view(layer.lora_b)
+    y_NO += moved_NO
+    return mx.array(y_NO.reshape(*x.shape[:-1], -1))
+
+
+def signed(z_NR: np.ndarray, part: Part, size: np.float32) -> np.ndarray:
+    """Times size and the sign of each row's member, in place: N is rows times tokens."""
+    z_BLR = z_NR.reshape(part.crowd.by_direction.rows, -1, z_NR.shape[-1])
+    z_BLR *= (size * part.crowd.signs_B1)[:, None]
+    return z_NR
+
+
+def grouped(x_NK: np.ndarray, w_PKO: mx.array, seating: Seating) -> np.ndarray:
+    """`batched` in NumPy: [N, O]."""
+    tokens = len(x_NK) // seating.rows
+    if seating.row_at is not None:
+        x_NK = x_NK.reshape(seating.rows, -1).take(seating.row_at, axis=0)
+    y_PNO = x_NK.reshape(seating.groups, -1, w_PKO.shape[1]) @ view(w_PKO)
+    if seating.seat_of is None:
+        return y_PNO.reshape(-1, w_PKO.shape[-1])
+    y_SX = y_PNO.reshape(-1, tokens * w_PKO.shape[-1])
+    return y_SX.take(seating.seat_of, axis=0).reshape(-1, w_PKO.shape[-1])
