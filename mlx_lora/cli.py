@@ -227,18 +227,21 @@ def spectrum(
     adapter: Annotated[Path, typer.Argument(help="Adapter or run folder.")],
     model: Annotated[str | None, typer.Option(help="Its base, for dominance.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write JSON and pictures.")] = None,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw pictures.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """What the adapter is: effective rank, conditioning, dominance over the base, alerts."""
-    from mlx_lora.spectral.report import LoRAAnalyzer, table, to_json, write
+    from mlx_lora.spectral.report import LoRAAnalyzer, to_json, write
 
     report = LoRAAnalyzer(adapter, model).analyze()
     if out:
-        write(report, out)
+        write(report, out, pictures=plots)
     if as_json:
         print_json(to_json(report))
     else:
         from rich.console import Console
+
+        from mlx_lora.spectral.show import table
 
         Console().print(table(report))
 

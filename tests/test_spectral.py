@@ -18,12 +18,15 @@ from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, lora_layers
 from mlx_lora.errors import AdapterError, ModelError, RunError
 from mlx_lora.spectral import base
+from mlx_lora.spectral.gram import ba_singular_values, spectra
 from mlx_lora.spectral.metrics import LoRAAdapterMetrics, LoRAStructuralMetrics, kappa, metrics
-from mlx_lora.spectral.report import LoRAAnalyzer, table, to_json, write
-from mlx_lora.spectral.spectrum import Pair, ba_singular_values, measure, pairs, places, spectra
+from mlx_lora.spectral.names import places
+from mlx_lora.spectral.report import LoRAAnalyzer, to_json, write
+from mlx_lora.spectral.show import table
+from mlx_lora.spectral.spectrum import Pair, measure, pairs
 from mlx_lora.spectral.structure import structure, suggested_rank
 
-TOP_KEYS = {"adapters", "structural", "dynamics", "alerts", "suggested_rank"}
+TOP_KEYS = {"status", "adapters", "structural", "dynamics", "alerts", "suggested_rank"}
 ADAPTER_KEYS = {
     "nominal_rank", "alpha", "effective_rank_BA", "effective_rank_A", "effective_rank_B",
     "rank_utilization", "kappa_A", "kappa_B", "sigma_max_BA", "frobenius_BA", "effective_lr_scale",

@@ -172,6 +172,8 @@ class LoRAAdapterMetrics:
     k90: int | None = None
     k95: int | None = None
     k99: int | None = None
+    stable_rank_utilization: float | None = None  # stable_rank / nominal_rank
+    energy_rank_utilization: float | None = None  # energy_rank / nominal_rank
     singular_values: Sequence[float] = ()  # of BA, descending
 
     @property
@@ -218,3 +220,9 @@ class LoRAReport:
     dynamics: LoRADynamicsMetrics | None = None
     alerts: Sequence[Finding] = ()
     suggested_rank: int | None = None
+
+    @property
+    def status(self) -> str:
+        """`non_finite` where one module is, `untrained` where all are, else `trained`."""
+        found = {m.status for m in self.adapters.values()}
+        return next(s for s in ("non_finite", "trained", "untrained") if s in found)
