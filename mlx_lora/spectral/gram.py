@@ -45,7 +45,7 @@ def triangle(x_NR: np.ndarray) -> np.ndarray:
         else:
             if np.square(np.linalg.inv(low_RR)).sum() <= SAFE:
                 return low_RR.T * size_R
-    return np.linalg.qr(widened(x_NR), mode="r")
+    return np.linalg.qr(widened(x_NR), mode="r")  # type: ignore[return-value]
 
 
 def gram(x_NR: np.ndarray) -> np.ndarray:

@@ -225,4 +225,4 @@ class LoRAReport:
     def status(self) -> str:
         """`non_finite` where one module is, `untrained` where all are, else `trained`."""
         found = {m.status for m in self.adapters.values()}
-        return next(s for s in ("non_finite", "trained", "untrained") if s in found)
+        return next((s for s in ("non_finite", "trained") if s in found), "untrained")

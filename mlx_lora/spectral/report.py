@@ -33,7 +33,7 @@ class LoRAAnalyzer:
         self, adapter: "str | Path | nn.Module", model: "str | nn.Module | None" = None
     ) -> None:
         self.adapter = adapter
-        self.model = adapter if model is None and attached(adapter) else model
+        self.model: Any = adapter if model is None and attached(adapter) else model
         self._bases: dict[str, tuple[float, float]] = {}
 
     def analyze(self, *, alerts: Mapping[str, Mapping[str, Any]] | None = None) -> LoRAReport:
