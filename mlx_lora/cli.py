@@ -228,12 +228,18 @@ def spectrum(
     model: Annotated[str | None, typer.Option(help="Its base, for dominance.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write JSON and pictures.")] = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw pictures.")] = True,
+    deep: Annotated[bool, typer.Option("--deep", help="Intruders, dominance on text.")] = False,
+    option: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """What the adapter is: effective rank, conditioning, dominance over the base, alerts."""
-    from mlx_lora.spectral.report import LoRAAnalyzer, to_json, write
+    """What the adapter is: effective rank, conditioning, dominance over the base, alerts.
 
-    report = LoRAAnalyzer(adapter, model).analyze()
+    -o sets thresholds of alerts: -o dominance_warning.threshold=0.2.
+    """
+    from mlx_lora.spectral.report import to_json, write
+    from mlx_lora.spectral.request import analyze_named
+
+    report = analyze_named(adapter, model, deep=deep, option=option or [])
     if out:
         write(report, out, pictures=plots)
     if as_json:

@@ -18,6 +18,7 @@ from mlx_lora.registry import options
 from mlx_lora.rl.monitor import watchers
 from mlx_lora.spectral import metrics as spectral
 from mlx_lora.spectral.alerts import alerts
+from mlx_lora.spectral.dynamics import BY_MODULE
 from mlx_lora.spectral.report import to_json
 from mlx_lora.types import Finding, Reward
 
@@ -31,15 +32,19 @@ batch_size: 2
 grpo: {group_size: 2}
 rollout: {max_tokens: 8}
 eval: {n: 8, every: 1}
-monitor: {every: 1}
+monitor: {every: 1, spectrum_every: 1}
 """
 WHOLE = {"reasons", "reasons_before", "reasons_after"}  # what is below them has no row
 WHOLE |= {"check", "environment", "init_measured", "rejection_sampling"}
 WHOLE |= {"parts", "pass_at"}
-WHOLE |= {f"structural.{scaled}per_layer_dominance" for scaled in ("", "scaled_")}
+KINDS_OF_DOMINANCE = ("", "scaled_", "directional_", "activation_")
+WHOLE |= {f"structural.{kind}per_layer_dominance" for kind in KINDS_OF_DOMINANCE}
+WHOLE |= {"structural.per_layer_intruders"}
 # keys below these are names of things
 FAMILIES = {"reason": "CODE", "reward": "PART"}  # reason/correct is in the row of reason/CODE
 NAMED = {"adapters": "MODULE", "norms": "MODULE", "versions": "PACKAGE"}
+NAMED |= {"structural.by_block": "BLOCK", "structural.by_kind": "KIND"}
+NAMED |= dict.fromkeys(BY_MODULE, "MODULE")
 Rows = dict[str, str]
 
 
@@ -150,7 +155,7 @@ def read(path: Path) -> list[dict]:
 
 FILES = (
     "metrics.jsonl", "samples.jsonl", "gradients.jsonl", "evals.jsonl", "check.json",
-    "summary.json", "time_breakdown.json", "status.json", "environment.json",
+    "spectra.jsonl", "summary.json", "time_breakdown.json", "status.json", "environment.json",
 )  # fmt: skip
 
 
@@ -189,9 +194,10 @@ def test_a_spectrum_holds_the_documented_keys(run):
         return record(**{f.name: None for f in fields(record)})
 
     module = replace(blank(spectral.LoRAAdapterMetrics), singular_values=(1.0,))
+    groups = {"0": blank(spectral.Group)}
     full = spectral.LoRAReport(
         {"q_proj": module},
-        blank(spectral.LoRAStructuralMetrics),
+        replace(blank(spectral.LoRAStructuralMetrics), by_block=groups, by_kind=groups),
         blank(spectral.LoRADynamicsMetrics),
         [Finding("name", "q_proj", "message", "action")],
     )

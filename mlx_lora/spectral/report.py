@@ -3,16 +3,18 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_lora.errors import AdapterError, RunError, near
 from mlx_lora.runlog import atomically
 from mlx_lora.spectral.alerts import find
-from mlx_lora.spectral.metrics import LoRAReport
+from mlx_lora.spectral.dynamics import Look, looks_in, summed_up
+from mlx_lora.spectral.metrics import LoRAReport, LoRAStructuralMetrics
 from mlx_lora.spectral.names import natural, split_expert
 from mlx_lora.spectral.read import of_folder, of_model
 from mlx_lora.spectral.spectrum import Pair, measure
@@ -21,26 +23,46 @@ from mlx_lora.spectral.structure import structure, suggested_rank
 if TYPE_CHECKING:
     import mlx.nn as nn
 
+    from mlx_lora.models import Loaded
+
+Tell = Callable[[str, int, int], None]
+
 
 class LoRAAnalyzer:
     """Looks at an adapter: a folder (of an adapter or a run), or a model with LoRA attached.
 
-    `model`, a module or a name for `models.load`, is the base it is compared with; an attached
-    model brings its own. The base is measured once, the adapter afresh in every `analyze()`.
+    `model`, a name for `models.load`, what that returned or its module, is the base it is compared
+    with; an attached model brings its own. `run` is the folder of the run it comes from. The base
+    is measured once, the adapter afresh in every `analyze()`.
     """
 
     def __init__(
-        self, adapter: "str | Path | nn.Module", model: "str | nn.Module | None" = None
+        self,
+        adapter: "str | Path | nn.Module",
+        model: "str | nn.Module | Loaded | None" = None,
+        *,
+        run: Path | None = None,
     ) -> None:
-        self.adapter = adapter
+        self.adapter, self.run = adapter, run
         self.model: Any = adapter if model is None and attached(adapter) else model
         self._bases: dict[str, tuple[float, float]] = {}
 
-    def analyze(self, *, alerts: Mapping[str, Mapping[str, Any]] | None = None) -> LoRAReport:
-        """Every metric and finding. `alerts` are options by alert name."""
+    def analyze(
+        self,
+        *,
+        alerts: Mapping[str, Mapping[str, Any]] | None = None,
+        dynamics: Mapping[str, Any] | None = None,
+        deep: bool = False,
+        tell: Tell = lambda what, done, total: None,
+    ) -> LoRAReport:
+        """Every metric and finding. `alerts` are options by alert name, `dynamics` of `summed_up`.
+
+        `deep` asks for what needs many products with the base or its reading of text: directional
+        and activation-weighted dominance, intruders. `tell` hears (work, modules done, of so many).
+        """
         found = sorted(self.read(), key=lambda pair: natural(pair.name))
         if self.model is not None:
-            self.measure_bases(found)
+            self.measure_bases(found, tell)
         with ThreadPoolExecutor(min(len(found), os.cpu_count() or 1)) as pool:
             measured = pool.map(measure, found)
             adapters = {pair.name: m for pair, m in zip(found, measured, strict=True)}
@@ -50,8 +72,16 @@ class LoRAAnalyzer:
             if m.frobenius_BA is not None and frobenius:
                 update = abs(m.effective_lr_scale) * m.frobenius_BA / frobenius
                 adapters[name] = replace(m, scaled_relative_update=update)
+        structural = structure(adapters, sigmas)
+        if deep:
+            structural = self.look_deeper(found, structural, tell)
+        looks = self.looks()
         report = LoRAReport(
-            adapters, structure(adapters, sigmas), suggested_rank=suggested_rank(adapters)
+            adapters,
+            structural,
+            summed_up(looks, **(dynamics or {})),
+            suggested_rank=suggested_rank(adapters),
+            looks=looks,
         )
         return replace(report, alerts=find(report, alerts))
 
@@ -63,20 +93,40 @@ class LoRAAnalyzer:
         """See `suggested_rank`."""
         return suggested_rank(self.analyze().adapters)
 
+    def looks(self) -> list[Look]:
+        """What a run's monitor saw; nothing for an adapter's folder or a model without a run."""
+        folder = self.run if self.run or attached(self.adapter) else self.adapter
+        return looks_in(Path(folder).expanduser()) if folder else []
+
     def read(self) -> list[Pair]:
         """The factors, from the folder or the model."""
         adapter = self.adapter
         return of_folder(adapter) if isinstance(adapter, str | Path) else of_model(adapter)
 
-    def measure_bases(self, found: list[Pair]) -> None:
+    def look_deeper(
+        self, found: list[Pair], structural: LoRAStructuralMetrics, tell: Tell
+    ) -> LoRAStructuralMetrics:
+        from mlx_lora.models import Loaded
+        from mlx_lora.spectral import deep
+
+        if not isinstance(self.model, Loaded):
+            raise AdapterError(
+                "a deep look reads text with the base model",
+                "Name the model, or give what models.load() returned.",
+            )
+        return deep.look(found, self.model, structural, tell=partial(tell, "a deep look"))
+
+    def measure_bases(self, found: list[Pair], tell: Tell) -> None:
         """σ_max and ‖W‖_F under every module, once. AdapterError lists what does not fit."""
         from mlx_lora import models
         from mlx_lora.spectral import base
+        from mlx_lora.spectral.remembered import Sizes
 
         if isinstance(self.model, str):
-            self.model = models.load(self.model).model
+            self.model = models.load(self.model)
+        model = self.model.model if isinstance(self.model, models.Loaded) else self.model
         missing = [pair for pair in found if pair.name not in self._bases]
-        layers = base.frozen_layers(self.model) if missing else {}
+        layers = base.frozen_layers(model) if missing else {}
         problems = []
         for pair in missing:
             name, expert = split_expert(pair.name)
@@ -85,15 +135,21 @@ class LoRAAnalyzer:
                 problems.append(f"  {name} is not in the model. {near(name, layers, 1)}"[:200])
             elif misfit := base.misfit(layer, shape_OI, expert):
                 problems.append(f"  {pair.name}: {misfit}")
-            elif not problems:
-                weight = base.matrix(layer, expert)
-                self._bases[pair.name] = base.sigma_max(weight), base.frobenius(weight)
         if problems:
+            more = [f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else []
             raise AdapterError(
                 f"{len(problems)} of {len(found)} modules do not fit the base model\n"
-                + "\n".join(problems[:20]),
+                + "\n".join([*problems[:20], *more]),
                 "Was the adapter trained on another base? Without a base there is still a report.",
             )
+        sizes = Sizes(model) if missing else None
+        for done, pair in enumerate(missing):
+            assert sizes is not None
+            name, expert = split_expert(pair.name)
+            self._bases[pair.name] = sizes.of(pair.name, base.matrix(layers[name], expert))
+            tell("the base's weights", done + 1, len(missing))
+        if sizes:
+            sizes.keep()
 
 
 def attached(adapter: Any) -> bool:
