@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -9,14 +10,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from mlx_lora import config, experiment
+from mlx_lora import config, experiment, stages
 from mlx_lora.adapter.attach import attach
 from mlx_lora.errors import ConfigError
 from mlx_lora.progress import console
 from mlx_lora.spectral import dynamics, live
 from mlx_lora.spectral.dynamics import Look, summed_up
 from mlx_lora.spectral.metrics import effective_rank
-from mlx_lora.spectral.report import LoRAAnalyzer
+from mlx_lora.spectral.report import LoRAAnalyzer, write
 from mlx_lora.spectral.spectrum import Pair, measure
 from tests.tiny import tiny
 
@@ -167,8 +168,18 @@ monitor: {spectrum_every: 1, check_every: 0, alerts: {saturated: {steps: 1, chan
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """Drawing takes longer than these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "write", partial(write, pictures=False))
+        patch.setattr(experiment, "plot", lambda *about: None)
+        patch.setattr(stages.curves, "draw", lambda *about: None)
+        yield
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(no_pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     experiment.run(config.from_text(YAML), folder, console(quiet=True))
     return folder

@@ -77,6 +77,9 @@ def test_blocks_of_rows_add_up(monkeypatch):
     a = random(130, 8)
     monkeypatch.setattr(gram, "ROWS", 50)
     np.testing.assert_allclose(gram.gram(a), a.T @ a, rtol=1e-12)
+    whole = gram.householder(a)
+    monkeypatch.setattr(gram, "TALL", 50)
+    np.testing.assert_allclose(np.abs(gram.householder(a)), np.abs(whole), rtol=1e-10)
 
 
 def test_a_zero_factor_and_a_tiny_one():
