@@ -252,6 +252,35 @@ def spectrum(
         Console().print(table(report))
 
 
+@app.command()
+def shrink(
+    adapter: Annotated[Path, typer.Argument(help="Adapter or run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to make, of the smaller adapter.")],
+    model: Annotated[str | None, typer.Option(help="Its base, if its config names none.")] = None,
+    by: Annotated[str, typer.Option(help="What decides the ranks, see `ls rules`.")] = "kl",
+    weigh: Annotated[bool, typer.Option("--weigh/--plain", help="By effect on text.")] = True,
+    option: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """The same adapter at the rank it uses, judged by the check. Exit code 1 when that fails.
+
+    -o gives options of the rule: --by kl -o budget=0.01, --by energy -o share=0.9.
+    """
+    from mlx_lora.check.run import parse_options
+    from mlx_lora.progress import console
+    from mlx_lora.ship.shrink import shrink as run
+    from mlx_lora.show import print_shrunk
+
+    said = console(quiet=as_json)
+    options = parse_options(option or [])
+    found = run(adapter, out, model=model, by=by, options=options, weigh=weigh, tell=said.print)
+    if as_json:
+        print_json(found)
+    else:
+        print_shrunk(found)
+    raise typer.Exit(0 if found["out"] else 1)
+
+
 KINDS = (
     "inits",
     "schedules",
@@ -262,6 +291,7 @@ KINDS = (
     "metrics",
     "alerts",
     "gates",
+    "rules",
 )
 
 

@@ -68,14 +68,14 @@ def make_adapter(folder: Path, blocks: int) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(about))
 
 
-def peer_python(folder: Path) -> Path:
-    """The Python of an environment with the peer in it."""
+def peer_python(folder: Path, torch: str) -> Path:
+    """The Python of an environment with the peer in it, and the torch that it needs."""
     python = folder / "bin" / "python"
     if ROOT in folder.resolve().parents:
         raise SystemExit(f"{folder} is inside this repository: give another --peer-env")
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    subprocess.run([str(python), "-m", "pip", "install", "-q", PEER], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "-q", torch, PEER], check=True)
     return python
 
 
@@ -105,7 +105,7 @@ def adapter(args: argparse.Namespace) -> dict[str, Any]:
         commands = {
             "ours": [sys.executable, "-m", "mlx_lora", "spectrum", str(folder), "--json"],
             "gradience": [
-                *(str(peer_python(args.peer_env)), "-m", "gradience", "audit"),
+                *(str(peer_python(args.peer_env, args.torch)), "-m", "gradience", "audit"),
                 *("--peft-dir", str(folder), "--json"),
             ],
         }
@@ -147,7 +147,7 @@ def exactness(folder: Path, document: dict[str, Any], name: str) -> float:
 
 def weights(args: argparse.Namespace) -> dict[str, Any]:
     """σ_max of packed weights by their products, and by unpacking and a full SVD."""
-    rows, columns = (512, 1376) if args.quick else (WIDTH, INNER)
+    rows, columns = (512, 1344) if args.quick else (WIDTH, INNER)
     found = {}
     for kind in ("outlier_channels", "gaussian"):
         rng = np.random.default_rng(1)
@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes: to try the script")
     default = Path(tempfile.gettempdir()) / "mlx_lora_peer_spectrum"
     parser.add_argument("--peer-env", type=Path, default=default, help="made once, then kept")
+    parser.add_argument("--torch", default="torch", help="as pip knows it; one for the CPU will do")
     args = parser.parse_args()
     if args.quick and args.out.resolve().parent == ROOT / "figures":
         parser.error("--quick measures nothing worth keeping: give another --out")
