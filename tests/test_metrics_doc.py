@@ -36,7 +36,7 @@ monitor: {every: 1, spectrum_every: 1}
 """
 WHOLE = {"reasons", "reasons_before", "reasons_after"}  # what is below them has no row
 WHOLE |= {"check", "environment", "init_measured", "rejection_sampling"}
-WHOLE |= {"parts", "pass_at"}
+WHOLE |= {"parts", "pass_at", "rule"}
 KINDS_OF_DOMINANCE = ("", "scaled_", "directional_", "activation_")
 WHOLE |= {f"structural.{kind}per_layer_dominance" for kind in KINDS_OF_DOMINANCE}
 WHOLE |= {"structural.per_layer_intruders"}
@@ -44,7 +44,7 @@ WHOLE |= {"structural.per_layer_intruders"}
 FAMILIES = {"reason": "CODE", "reward": "PART"}  # reason/correct is in the row of reason/CODE
 NAMED = {"adapters": "MODULE", "norms": "MODULE", "versions": "PACKAGE"}
 NAMED |= {"structural.by_block": "BLOCK", "structural.by_kind": "KIND"}
-NAMED |= dict.fromkeys(BY_MODULE, "MODULE")
+NAMED |= dict.fromkeys(BY_MODULE, "MODULE") | {"ranks": "MODULE"}
 Rows = dict[str, str]
 
 

@@ -134,12 +134,12 @@ def shrink(
 
 
 def base_of(config: Mapping[str, Any], model: str | None, folder: Path) -> str:
-    recorded = (config.get("base") or {}).get("model")
-    if model is None and not recorded:
+    name = model or (config.get("base") or {}).get("model")
+    if not name:
         raise AdapterError(
             f"{folder} does not say what its base is", "Name it with --model: the check needs it."
         )
-    return model or recorded
+    return str(name)
 
 
 def refuse_occupied(out: Path) -> None:

@@ -95,8 +95,9 @@ class LoRAAnalyzer:
 
     def looks(self) -> list[Look]:
         """What a run's monitor saw; nothing for an adapter's folder or a model without a run."""
-        folder = self.run if self.run or attached(self.adapter) else self.adapter
-        return looks_in(Path(folder).expanduser()) if folder else []
+        if self.run is None and isinstance(self.adapter, str | Path):
+            return looks_in(Path(self.adapter).expanduser())
+        return [] if self.run is None else looks_in(self.run)
 
     def read(self) -> list[Pair]:
         """The factors, from the folder or the model."""
