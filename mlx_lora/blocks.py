@@ -275,6 +275,10 @@ class Monitor(Block):
     """What follows when it is not sound: an alert; also stop, or go back to the last sound step."""
     cooldown: Whole = 100
     """Steps after such an alert in which it is not repeated."""
+    spectrum_every: Whole = 10
+    """Steps between looks at the adapter's spectra, kept in spectra.jsonl. 0: none."""
+    alerts: dict[str, dict[str, float]] = {}
+    """Other thresholds of alerts on the adapter, by name: {saturated: {steps: 200}}."""
 
 
 class Eval(Block):

@@ -229,20 +229,58 @@ def spectrum(
     adapter: Annotated[Path, typer.Argument(help="Adapter or run folder.")],
     model: Annotated[str | None, typer.Option(help="Its base, for dominance.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write JSON and pictures.")] = None,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw pictures.")] = True,
+    deep: Annotated[bool, typer.Option("--deep", help="Intruders, dominance on text.")] = False,
+    option: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """What the adapter is: effective rank, conditioning, dominance over the base, alerts."""
-    from mlx_lora.spectral.report import LoRAAnalyzer, table, to_json, write
+    """What the adapter is: effective rank, conditioning, dominance over the base, alerts.
 
-    report = LoRAAnalyzer(adapter, model).analyze()
+    -o sets thresholds of alerts: -o dominance_warning.threshold=0.2.
+    """
+    from mlx_lora.spectral.report import to_json, write
+    from mlx_lora.spectral.request import analyze_named
+
+    report = analyze_named(adapter, model, deep=deep, option=option or [])
     if out:
-        write(report, out)
+        write(report, out, pictures=plots)
     if as_json:
         print_json(to_json(report))
     else:
         from rich.console import Console
 
+        from mlx_lora.spectral.show import table
+
         Console().print(table(report))
+
+
+@app.command()
+def shrink(
+    adapter: Annotated[Path, typer.Argument(help="Adapter or run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to make, of the smaller adapter.")],
+    model: Annotated[str | None, typer.Option(help="Its base, if its config names none.")] = None,
+    by: Annotated[str, typer.Option(help="What decides the ranks, see `ls rules`.")] = "kl",
+    weigh: Annotated[bool, typer.Option("--weigh/--plain", help="By effect on text.")] = True,
+    option: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """The same adapter at the rank it uses, judged by the check. Exit code 1 when that fails.
+
+    -o gives options of the rule: --by kl -o budget=0.01, --by energy -o share=0.9.
+    """
+    from mlx_lora.check.run import parse_options
+    from mlx_lora.progress import console
+    from mlx_lora.ship.shrink import shrink as run
+    from mlx_lora.show import print_shrunk
+
+    said = console(quiet=as_json)
+    options = parse_options(option or [])
+    found = run(adapter, out, model=model, by=by, options=options, weigh=weigh, tell=said.print)
+    if as_json:
+        print_json(found)
+    else:
+        print_shrunk(found)
+    raise typer.Exit(0 if found["out"] else 1)
 
 
 KINDS = (
@@ -256,6 +294,7 @@ KINDS = (
     "metrics",
     "alerts",
     "gates",
+    "rules",
 )
 
 

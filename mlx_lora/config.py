@@ -44,6 +44,7 @@ TABLES = {  # as text, because the tables live in layers above this one
     "advantage": ("mlx_lora.rl.advantages", "advantages"),
     "fitness": ("mlx_lora.rl.fitness", "fitnesses"),
     "gate": ("mlx_lora.check.gates", "gates"),
+    "alert": ("mlx_lora.spectral.alerts", "alerts"),
 }
 ELSEWHERE = {  # what other trainers call it
     "lr": "learning_rate",
@@ -319,6 +320,8 @@ def lookups(loop: Stage) -> Iterator[tuple[KeyPath, Callable[[], object]]]:
         yield ("task",), lambda: tasks.load_task(task.name, task.options)
     for gate, options in loop.check.limits.items():
         yield ("check", "limits"), functools.partial(table("gate").bind, gate, options)
+    for alert, thresholds in loop.monitor.alerts.items():
+        yield ("monitor", "alerts"), functools.partial(table("alert").bind, alert, thresholds)
     if loop.method == "grpo":
         yield ("grpo", "loss"), lambda: table("loss").bind(loop.grpo.loss, loop.grpo.clips)
         yield ("grpo", "advantage"), lambda: table("advantage")[loop.grpo.advantage]

@@ -238,7 +238,8 @@ def learn(
         after = look("after", keep=False)
         more = {k: v for k, v in more.items() if k not in ("steps", "alerts")}
     with clock.measure("spectrum"):
-        report = LoRAAnalyzer(model, model).analyze()
+        analyzer = LoRAAnalyzer(model, model, run=log.folder)
+        report = analyzer.analyze(alerts=experiment.last.monitor.alerts)
         write(report, log.folder)
     found = Counter(alert.name for alert in report.alerts)
     return {

@@ -12,6 +12,7 @@ from mlx_lora.rl.advantages import advantages
 from mlx_lora.rl.fitness import fitnesses
 from mlx_lora.rl.losses import losses
 from mlx_lora.rl.monitor import watchers
+from mlx_lora.ship.ranks import rules
 from mlx_lora.spectral.alerts import alerts
 from mlx_lora.spectral.metrics import metrics
 from mlx_lora.tasks import describe
@@ -40,6 +41,7 @@ def entries(kind: str) -> list[Entry]:
         "metrics": [metrics],
         "alerts": [alerts, watchers],
         "gates": [gates],
+        "rules": [rules],
     }
     return [e for table in tables[kind] for e in of_table(table)]
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import mlx.nn as nn
+import mlx.optimizers as optim
 from rich.markup import escape
 
 from mlx_lora.optimizers import Metrics
@@ -15,6 +17,9 @@ from mlx_lora.rl import monitor
 from mlx_lora.rl.describe import extremes
 from mlx_lora.runlog import METRICS, Clock, RunLog
 from mlx_lora.schema import Stage
+from mlx_lora.spectral import live
+from mlx_lora.spectral.dynamics import FILE as SPECTRA
+from mlx_lora.spectral.dynamics import Look, looks_in
 from mlx_lora.types import Group
 
 SAMPLES, ALERTS, GRADIENTS = "samples.jsonl", "alerts.jsonl", "gradients.jsonl"
@@ -28,6 +33,7 @@ class Recorder:
         self.e, self.log, self.clock = e, log, clock
         self.watcher: Watcher | None = None
         self.history: list[Metrics] = []
+        self.looks: list[Look] = []
         self.seen: set[str] = set()
         self.last = time.perf_counter()
 
@@ -37,6 +43,8 @@ class Recorder:
             path = self.log.folder / name
             for line in path.read_text().splitlines() if path.exists() else ():
                 keep({k: v for k, v in json.loads(line).items() if v is not None})
+
+        self.looks = looks_in(self.log.folder)
 
     def saw(self, finding: Mapping[str, Any]) -> None:
         self.seen.add(finding["name"])
@@ -56,6 +64,18 @@ class Recorder:
                 self.alert(step, asdict(finding))
         if self.watcher:
             self.watcher.update(step, metrics)
+
+    def spectra(self, step: int, model: nn.Module, optimizer: optim.Optimizer) -> None:
+        """Every `monitor.spectrum_every` steps a line in spectra.jsonl, and what it warns of."""
+        monitor = self.e.monitor
+        if not monitor.spectrum_every or (step + 1) % monitor.spectrum_every:
+            return
+        with self.clock.measure("spectra", kind="step"):
+            self.looks.append(live.look_at(step, model, optimizer))
+            self.log.append(SPECTRA, asdict(self.looks[-1]))
+            for finding in live.warnings(self.looks, monitor.alerts):
+                if finding.name not in self.seen:
+                    self.alert(step, asdict(finding))
 
     def gradients(self, step: int, norms: Mapping[str, float]) -> None:
         """A line in gradients.jsonl: the norm of each module's gradient."""

@@ -117,6 +117,21 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
     console.print(table)
 
 
+def print_shrunk(found: Mapping[str, Any]) -> None:
+    console, check = out(), found["check"]
+    before, after = found["parameters_before"], found["parameters_after"]
+    console.print(
+        f"Rank {found['rank_before']} to {found['rank_after']}: {before:,} to {after:,} parameters "
+        f"({after / before:.0%}), KL to the adapter as it was {found['kl_mean']:.2g} nats a token"
+    )
+    console.print(f"Check: {check['verdict']}  {escape('; '.join(check['reasons']))}")
+    if found["out"]:
+        sizes = f"{found['bytes_before']:,} to {found['bytes_after']:,} bytes"
+        console.print(f"{sizes}: {escape(found['out'])}", soft_wrap=True)
+    else:
+        console.print("Nothing was written: choose a larger share or a smaller budget.")
+
+
 def print_listing(found: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
     console = out()
     for kind, entries in found.items():

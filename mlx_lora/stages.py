@@ -244,6 +244,7 @@ def follow(
     try:
         for step in steps:
             last = guard.after(step + 1, model, optimizer)
+            recorder.spectra(step, model, optimizer)
             over = contest.after(last.steps_done, recorder.history[-1])
             if last.steps_done % e.save_every == 0:
                 with recorder.clock.measure("checkpoint", kind="step"):

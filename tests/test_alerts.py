@@ -8,6 +8,7 @@ import pytest
 
 from mlx_lora.errors import ConfigError, UnknownNameError
 from mlx_lora.spectral.alerts import alerts, find
+from mlx_lora.spectral.dynamics import Look
 from mlx_lora.spectral.metrics import LoRAAdapterMetrics, LoRAReport
 from mlx_lora.spectral.spectrum import Pair, measure
 from mlx_lora.spectral.structure import structure
@@ -28,6 +29,25 @@ def report(m: LoRAAdapterMetrics, dominance: float | None = None) -> LoRAReport:
     if dominance is not None:
         whole = replace(whole, scaled_per_layer_dominance={NAME: dominance})
     return LoRAReport({NAME: m}, whole)
+
+
+def looks(*ranks: tuple[int, float], size: float = 1.0, growth: float = 0.0) -> LoRAReport:
+    """A run that looked at one module: (step, effective rank) of each look."""
+    seen = [
+        Look(
+            step=step,
+            rank_utilization_mean=rank / 4,
+            effective_rank_BA={NAME: rank},
+            rank_utilization={NAME: rank / 4},
+            kappa_A={NAME: 1.0},
+            kappa_B={NAME: 1.0},
+            sigma_max_BA={NAME: size},
+            frobenius_BA={NAME: size + growth * i},
+            gradient_rank={NAME: 1.0},
+        )
+        for i, (step, rank) in enumerate(ranks)
+    ]
+    return replace(report(SOUND), looks=seen)
 
 
 def up(x: float) -> float:
@@ -73,6 +93,33 @@ CASES = {  # alert -> (reports on which it fires, reports on which it is quiet)
     "dominance_critical": (
         [report(SOUND, up(0.50))],
         [report(SOUND, 0.50), report(SOUND)],
+    ),
+    "collapsed_early": (
+        [
+            looks((10, 4.0), (20, down(2.0))),
+            looks((10, 2.0), (50, 4.0), (110, down(2.0))),
+            looks((10, 4.0), (20, 1.0), (30, 1.0)),  # told once
+        ],
+        [
+            looks((10, 4.0), (20, 2.0)),
+            looks((9, 4.0), (20, 1.0)),  # the maximum was in the warm-up
+            looks((10, 4.0), (111, 1.0)),  # late
+            looks((10, 1.0), (20, 4.0)),
+            report(SOUND),
+        ],
+    ),
+    "saturated": (
+        [
+            looks((0, 2.0), (50, 2.0), (100, 2.0)),
+            looks((0, 1.0), (10, 1.98 + 1e-12), (110, 2.0)),  # 1 %; what was before is past
+        ],
+        [
+            looks((1, 2.0), (100, 2.0)),  # not long enough
+            looks((0, 1.98 - 1e-12), (100, 2.0)),
+            looks((0, 2.0), (50, 2.1), (100, 2.0)),  # there and back
+            looks((0, 2.0), (100, 2.0), growth=0.1),
+            report(SOUND),
+        ],
     ),
 }
 

@@ -20,6 +20,7 @@ from mlx_lora.rl.monitor import watchers
 from mlx_lora.runlog import json_safe
 from mlx_lora.spectral import metrics as spectral
 from mlx_lora.spectral.alerts import alerts
+from mlx_lora.spectral.dynamics import BY_MODULE
 from mlx_lora.spectral.report import to_json
 from mlx_lora.spectral.weight_map import to_json as to_json_of_weights
 from mlx_lora.types import Finding, Reward
@@ -34,15 +35,19 @@ batch_size: 2
 grpo: {group_size: 2}
 rollout: {max_tokens: 8}
 eval: {n: 8, every: 1}
-monitor: {every: 1}
+monitor: {every: 1, spectrum_every: 1}
 """
 WHOLE = {"reasons", "reasons_before", "reasons_after"}  # what is below them has no row
 WHOLE |= {"check", "environment", "init_measured", "rejection_sampling"}
-WHOLE |= {"parts", "pass_at"}
-WHOLE |= {f"structural.{scaled}per_layer_dominance" for scaled in ("", "scaled_")}
+WHOLE |= {"parts", "pass_at", "rule"}
+KINDS_OF_DOMINANCE = ("", "scaled_", "directional_", "activation_")
+WHOLE |= {f"structural.{kind}per_layer_dominance" for kind in KINDS_OF_DOMINANCE}
+WHOLE |= {"structural.per_layer_intruders"}
 # keys below these are names of things
 FAMILIES = {"reason": "CODE", "reward": "PART"}  # reason/correct is in the row of reason/CODE
 NAMED = {"matrices": "MODULE", "adapters": "MODULE", "norms": "MODULE", "versions": "PACKAGE"}
+NAMED |= {"structural.by_block": "BLOCK", "structural.by_kind": "KIND"}
+NAMED |= dict.fromkeys(BY_MODULE, "MODULE") | {"ranks": "MODULE"}
 Rows = dict[str, str]
 
 
@@ -153,7 +158,8 @@ def read(path: Path) -> list[dict]:
 
 FILES = (
     "metrics.jsonl", "samples.jsonl", "gradients.jsonl", "evals.jsonl", "check.json",
-    "summary.json", "time_breakdown.json", "status.json", "environment.json", "held_out.json",
+    "spectra.jsonl", "summary.json", "time_breakdown.json", "status.json", "environment.json",
+    "held_out.json",
 )  # fmt: skip
 
 
@@ -192,9 +198,10 @@ def test_a_spectrum_holds_the_documented_keys(run):
         return record(**{f.name: None for f in fields(record)})
 
     module = replace(blank(spectral.LoRAAdapterMetrics), singular_values=(1.0,))
+    groups = {"0": blank(spectral.Group)}
     full = spectral.LoRAReport(
         {"q_proj": module},
-        blank(spectral.LoRAStructuralMetrics),
+        replace(blank(spectral.LoRAStructuralMetrics), by_block=groups, by_kind=groups),
         blank(spectral.LoRADynamicsMetrics),
         [Finding("name", "q_proj", "message", "action")],
     )

@@ -17,13 +17,16 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRASwitchLinear
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, lora_layers
 from mlx_lora.errors import AdapterError, ModelError, RunError
-from mlx_lora.spectral import base
+from mlx_lora.spectral import base, remembered
+from mlx_lora.spectral.gram import ba_singular_values, spectra
 from mlx_lora.spectral.metrics import LoRAAdapterMetrics, LoRAStructuralMetrics, kappa, metrics
-from mlx_lora.spectral.report import LoRAAnalyzer, table, to_json, write
-from mlx_lora.spectral.spectrum import Pair, ba_singular_values, measure, pairs, places, spectra
+from mlx_lora.spectral.names import places
+from mlx_lora.spectral.report import LoRAAnalyzer, to_json, write
+from mlx_lora.spectral.show import table
+from mlx_lora.spectral.spectrum import Pair, measure, pairs
 from mlx_lora.spectral.structure import structure, suggested_rank
 
-TOP_KEYS = {"adapters", "structural", "dynamics", "alerts", "suggested_rank"}
+TOP_KEYS = {"status", "adapters", "structural", "dynamics", "alerts", "suggested_rank"}
 ADAPTER_KEYS = {
     "nominal_rank", "alpha", "effective_rank_BA", "effective_rank_A", "effective_rank_B",
     "rank_utilization", "kappa_A", "kappa_B", "sigma_max_BA", "frobenius_BA", "effective_lr_scale",
@@ -33,6 +36,10 @@ STRUCTURAL_KEYS = {
     "mean_dominance", "max_dominance", "per_layer_dominance", "scaled_mean_dominance",
     "scaled_max_dominance", "scaled_per_layer_dominance", "adapter_health", "is_dominating",
     "is_ill_conditioned",
+    "energy_top_tenth", "energy_concentration", "by_block", "by_kind",
+    "directional_mean_dominance", "directional_max_dominance",
+    "directional_per_layer_dominance", "activation_mean_dominance", "activation_max_dominance",
+    "activation_per_layer_dominance", "intruder_dimensions", "per_layer_intruders",
 }  # fmt: skip
 PICTURES = {"singular_values.png", "effective_rank.png", "dominance.png"}
 
@@ -191,7 +198,7 @@ def test_lanczos_equals_svd(bits, dtype, small):
 
 def test_lanczos_on_degenerate_weights():
     def matrix(weight: np.ndarray) -> base.Matrix:
-        return base.Matrix(mx.array(weight.astype(np.float32)), None, None, {})
+        return base.dense(mx.array(weight.astype(np.float32)))
 
     one = np.outer(np.arange(1.0, 9), np.ones(5))
     np.testing.assert_allclose(
@@ -215,7 +222,7 @@ def test_lanczos_stops_on_the_residual_not_at_the_end(monkeypatch):
 
     def count(weight: np.ndarray) -> int:
         products.clear()
-        base.sigma_max(base.Matrix(mx.array(weight.astype(np.float32)), None, None, {}))
+        base.sigma_max(base.dense(mx.array(weight.astype(np.float32))))
         return len(products)
 
     crowded = np.diag(1 - np.linspace(0, 1, 600) ** 1.1)  # the next value is 0.1 % below
@@ -282,7 +289,8 @@ def test_a_folder_without_a_model_invents_no_dominance(trained, tmp_path):
     analyzer = LoRAAnalyzer(tmp_path)  # a run folder
     report = analyzer.analyze()
     assert report == LoRAAnalyzer(str(tmp_path / "adapters")).analyze()
-    known = {"adapter_health", "is_ill_conditioned"}
+    known = {"adapter_health", "is_ill_conditioned", "by_block", "by_kind"}
+    known |= {"energy_top_tenth", "energy_concentration"}
     absent = dataclasses.asdict(report.structural).items()
     assert all(value is None for name, value in absent if name not in known)
     assert report.structural.adapter_health == 1.0
@@ -388,7 +396,7 @@ def test_experts_and_embeddings():
 def test_the_base_is_measured_once(trained, monkeypatch):
     analyzer = LoRAAnalyzer(trained)
     first = analyzer.analyze()
-    monkeypatch.setattr(base, "sigma_max", lambda weight: pytest.fail("measured again"))
+    monkeypatch.setattr(remembered, "sigma_max", lambda weight: pytest.fail("measured again"))
     assert analyzer.analyze() == first
 
 

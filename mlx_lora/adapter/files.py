@@ -29,9 +29,21 @@ def save(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
         for factor in FACTORS
         if factor in layer
     }
-    rank = max(config["lora_parameters"]["rank"], *map(rank_of, layers.values()))
+    rank = max(config["lora_parameters"]["rank"], *(rank_of(m.lora_a) for m in layers.values()))
+    write(tensors, config, folder, rank=rank, scale=scales.pop())
+
+
+def write(
+    tensors: Mapping[str, mx.array],
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    rank: int,
+    scale: float,
+) -> None:
+    """Factors of any rank up to `rank` as a folder that mlx-lm loads."""
     tensors, pattern = padded(tensors, rank)
-    parameters = {**config["lora_parameters"], "rank": rank, "scale": scales.pop()}
+    parameters = {**config["lora_parameters"], "rank": rank, "scale": scale}
     about = {k: v for k, v in config.items() if k != "rank_pattern"}
     about |= {"lora_parameters": parameters} | ({"rank_pattern": pattern} if pattern else {})
     about["tensors_hash"] = digest(tensors)
@@ -44,9 +56,9 @@ def save(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
     os.replace(text, folder / CONFIG)
 
 
-def rank_of(layer: Any) -> int:
-    """The rank of a LoRA layer, an expert's or an embedding's too."""
-    return layer.lora_a.shape[-2] if layer.lora_a.ndim == 3 else layer.lora_a.shape[-1]
+def rank_of(a: mx.array) -> int:
+    """The rank of a lora_a, an expert's or an embedding's too."""
+    return a.shape[-2] if a.ndim == 3 else a.shape[-1]
 
 
 def load(model: nn.Module, folder: Path) -> dict[str, Any]:

@@ -34,16 +34,29 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
 
     if peft.is_peft(folder):
         return peft.read_peft(folder)
+    refuse_missing(folder)
+    try:
+        tensors: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
+        mx.eval(tensors)
+    except Exception as error:
+        raise AdapterError(f"the adapter in {folder} does not load: {error}") from error
+    return described(folder), tensors
+
+
+def refuse_missing(folder: Path) -> None:
     missing = [f for f in (CONFIG, WEIGHTS) if not (folder / f).is_file()]
     if missing:
         hint = "Give the folder that holds both files, for a run its `adapters` folder."
         if folder.is_dir() and (folder / "adapters" / CONFIG).is_file():
             hint = f"Did you mean {folder / 'adapters'}?"
         raise AdapterError(f"{folder} is no adapter folder: no {' and no '.join(missing)}", hint)
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """The config of an adapter folder; AdapterError says what it lacks."""
+    refuse_missing(folder)
     try:
         config = json.loads((folder / CONFIG).read_text())
-        tensors: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
-        mx.eval(tensors)
     except Exception as error:
         raise AdapterError(f"the adapter in {folder} does not load: {error}") from error
     kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
@@ -60,7 +73,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     ]
     if wrong or not isinstance(config.get("num_layers", -1), int):
         raise AdapterError(f"{folder / CONFIG} is not sound: {', '.join(wrong) or 'num_layers'}")
-    return config, tensors
+    return config
 
 
 def digest(tensors: Mapping[str, mx.array]) -> str:
@@ -96,8 +109,8 @@ def padded(
     return found, pattern
 
 
-def unpadded(config: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The factors at the ranks in use."""
+def unpadded(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The factors, of MLX or NumPy, at the ranks in use."""
     found = dict(tensors)
     for module, rank in (config.get("rank_pattern") or {}).items():
         a, b = (found.get(f"{module}.{f}") for f in ("lora_a", "lora_b"))

@@ -139,3 +139,60 @@ def dominance_critical(report: LoRAReport, *, threshold: float = CRITICAL) -> li
         for name, d in dominances(report)
         if d > threshold
     ]
+
+
+@alerts.add
+def collapsed_early(
+    report: LoRAReport, *, drop: float = 0.5, within: int = 100, warmup: int = 10
+) -> list[Finding]:
+    """Effective rank fell by more than half from its running maximum, early in the training.
+
+    Judged at looks later than step `warmup` and up to `within` steps after it; the maximum is of
+    the looks from step `warmup` on.
+    """
+    looks = [x for x in report.looks if warmup <= x.step <= warmup + within]
+    action = "Lower the learning rate or the scale; a warm-up of the learning rate helps too."
+    found, best = [], {}
+    for look in looks:
+        for name, rank in look.effective_rank_BA.items():
+            top, at = best.get(name, (0.0, 0))
+            if rank is None or name in {f.module for f in found}:
+                continue
+            if rank < (1 - drop) * top:
+                message = (
+                    f"effective rank fell from {top:.1f} at step {at} to {rank:.1f} at step "
+                    f"{look.step} (by more than {drop:.0%})"
+                )
+                found.append(Finding("collapsed_early", name, message, action))
+            elif rank > top:
+                best[name] = rank, look.step
+    return found
+
+
+@alerts.add
+def saturated(report: LoRAReport, *, steps: int = 100, change: float = 0.01) -> list[Finding]:
+    """Neither effective rank nor size of any module moved by more than 1 % in the last 100 steps.
+
+    Looked at from the first look of that span on; of every module, |value / its last value - 1|.
+    """
+    if not report.looks:
+        return []
+    last = report.looks[-1]
+    span = [x for x in report.looks if x.step >= last.step - steps]
+    if len(span) < 2 or last.step - span[0].step < steps:
+        return []
+    moved, judged = 0.0, 0
+    for key in ("effective_rank_BA", "frobenius_BA"):
+        for name, now in getattr(last, key).items():
+            values = [getattr(x, key).get(name) for x in span]
+            if now and None not in values:
+                moved = max(moved, *(abs(v / now - 1) for v in values))
+                judged += 1
+    if not judged or moved > change:
+        return []
+    message = (
+        f"no module's effective rank or size moved by more than {moved:.1%} in {steps} steps "
+        f"(up to step {last.step})"
+    )
+    action = "Nothing more is learned: stop here, or raise the learning rate."
+    return [Finding("saturated", "", message, action)]

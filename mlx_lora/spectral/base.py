@@ -1,9 +1,12 @@
 """Singular values of a frozen weight by its products alone: packed weights stay packed."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache, cached_property
+from itertools import pairwise
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +17,7 @@ from mlx_lora.errors import ModelError
 from mlx_lora.models import in_dims
 
 SMALL = 1 << 20  # weights: up to here one dense copy (4 MB) costs less than the calls into MLX
+MANY = 8  # vectors that a CPU multiplies sooner by chunks of dequantized rows
 CHUNK = 1 << 22  # weights dequantized at a time for the Frobenius norm
 
 
@@ -36,30 +40,93 @@ class Matrix:
         """Some rows, dequantized."""
         if self.scales is None:
             return self.weight[start:stop].astype(mx.float32)
-        cut = slice(start, stop)
-        biases = None if self.biases is None else self.biases[cut]
-        dense = mx.dequantize(self.weight[cut], self.scales[cut], biases, **self.settings)
+        dense = mx.dequantize(*self.stored(start, stop), **self.settings)
         return dense.astype(mx.float32)
 
-    def times(self, x_I: np.ndarray) -> np.ndarray:
-        """W x."""
-        return self.product(x_I, transpose=True)
+    def stored(self, start: int, stop: int) -> list[Any]:
+        """Some rows, packed: weight, scales and biases."""
+        found = (self.weight, self.scales, self.biases)
+        return [None if part is None else part[start:stop] for part in found]
 
-    def transposed(self, y_O: np.ndarray) -> np.ndarray:
-        """Wᵀ y."""
-        return self.product(y_O, transpose=False)
+    def times(self, x: np.ndarray) -> np.ndarray:
+        """W x, of a vector [I], or of several [K, I] as [K, O]."""
+        return self.product(x, transpose=True)
+
+    def transposed(self, y: np.ndarray) -> np.ndarray:
+        """Wᵀ y, of a vector [O], or of several [K, O] as [K, I]."""
+        return self.product(y, transpose=False)
 
     def product(self, x: np.ndarray, *, transpose: bool) -> np.ndarray:
         x = x.astype(np.float32)
         if self.dense_OI is not None:
-            return self.dense_OI @ x if transpose else x @ self.dense_OI
-        row = mx.array(x)[None]
-        if self.scales is None:
-            y = row @ (self.weight.T if transpose else self.weight)
-        else:
-            stored = (self.weight, self.scales, self.biases)
-            y = mx.quantized_matmul(row, *stored, transpose=transpose, **self.settings)
-        return np.array(y[0])
+            return x @ self.dense_OI.T if transpose else x @ self.dense_OI
+        if len(np.atleast_2d(x)) >= MANY and mx.default_device() == mx.cpu:
+            return self.by_chunks(x, transpose=transpose)
+        rows_KN, found, start = mx.array(np.atleast_2d(x)), [], 0
+        for stream, part in zip(lanes(), self.slices, strict=False):
+            stop = start + part[0].shape[0]
+            given = rows_KN if transpose else rows_KN[:, start:stop]
+            about: dict[str, Any] = {**self.settings, "transpose": transpose, "stream": stream}
+            found.append(mx.quantized_matmul(given, *part, **about))
+            start = stop
+        mx.eval(found)
+        ys = [np.array(y) for y in found]
+        y = np.concatenate(ys, axis=1) if transpose else np.sum(ys, axis=0)
+        return y[0] if x.ndim == 1 else y
+
+    def by_chunks(self, x_KN: np.ndarray, *, transpose: bool) -> np.ndarray:
+        """The product of many vectors where quantized products gain nothing from their number."""
+        step = max(1, CHUNK // self.shape[1])
+        spans = [slice(i, i + step) for i in range(0, self.shape[0], step)]
+        parts = ((span, np.array(self.rows(span.start, span.stop))) for span in spans)
+        if transpose:
+            return np.concatenate([x_KN @ part.T for _, part in parts], axis=1)
+        return np.sum([x_KN[:, span] @ part for span, part in parts], axis=0)
+
+    @cached_property
+    def slices(self) -> list[list[Any]]:
+        """The packed rows in as many parts as there are lanes to work on them."""
+        edges = np.linspace(0, self.shape[0], len(lanes()) + 1).astype(int).tolist()
+        found = [self.stored(*edge) for edge in pairwise(edges) if edge[0] < edge[1]]
+        mx.eval(found)
+        return found
+
+
+class Linear(Protocol):
+    """A linear map [O, I] known by its products."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    def times(self, x: np.ndarray) -> np.ndarray: ...
+    def transposed(self, y: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Updated:
+    """W + scale · BA."""
+
+    weight: Matrix
+    a_IR: np.ndarray
+    b_RO: np.ndarray
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+    def times(self, x: np.ndarray) -> np.ndarray:
+        return self.weight.times(x) + self.scale * ((x @ self.a_IR) @ self.b_RO)
+
+    def transposed(self, y: np.ndarray) -> np.ndarray:
+        return self.weight.transposed(y) + self.scale * ((y @ self.b_RO.T) @ self.a_IR.T)
+
+
+@cache
+def lanes() -> tuple[Any, ...]:
+    """Streams that work at once: one per core of a CPU, else the device's own."""
+    if mx.default_device() != mx.cpu:
+        return (None,)
+    return tuple(mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1))
 
 
 def matrix(layer: nn.Module, expert: int | None = None, *, small: int = SMALL) -> Matrix:
@@ -73,17 +140,21 @@ def matrix(layer: nn.Module, expert: int | None = None, *, small: int = SMALL) -
         return value if value is None or expert is None else value[expert]
 
     weight, scales, biases = pick("weight"), pick("scales"), pick("biases")
-    settings = {}
     if scales is None:
-        weight = weight.astype(mx.float32)  # once, not in every product
-    else:
-        settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-        if layer.mode == "affine":  # in bf16 the product itself would be off by percents
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        return dense(weight)
+    settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    if layer.mode == "affine":  # in bf16 the product itself would be off by percents
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     found = Matrix(weight, scales, biases, settings)
     if found.shape[0] * found.shape[1] > small:
         return found
     return replace(found, dense_OI=np.array(found.rows(0, found.shape[0])))
+
+
+def dense(weight: mx.array) -> Matrix:
+    """A weight that is not quantized: NumPy multiplies it, one pass over the memory."""
+    wide = weight.astype(mx.float32)  # once, not in every product
+    return Matrix(wide, None, None, {}, dense_OI=np.array(wide, copy=False))
 
 
 def sigma_max(weight: Matrix, *, tolerance: float = 1e-6) -> float:
@@ -91,14 +162,22 @@ def sigma_max(weight: Matrix, *, tolerance: float = 1e-6) -> float:
     return float(top_singular_values(weight, 1, tolerance=tolerance)[0])
 
 
-def top_singular_values(
-    weight: Matrix, count: int = 1, *, tolerance: float = 1e-6, max_steps: int = 1000
-) -> np.ndarray:
-    """The `count` largest singular values by Golub-Kahan-Lanczos bidiagonalisation.
+def top_singular_values(weight: "Linear", count: int = 1, *, tolerance: float = 1e-6) -> np.ndarray:
+    """The `count` largest singular values, see `top_triples`."""
+    return top_triples(weight, count, tolerance=tolerance)[0]
 
-    Bases are kept in float64 and fully reorthogonalised. Stops when every wanted Ritz triple has
-    ‖Wᵀu − θv‖ <= tolerance · θ_max, which bounds the relative error of each θ; the start vector is
-    fixed, so that the answer is. A value that occurs twice is found once.
+
+def top_triples(
+    weight: "Linear", count: int = 1, *, tolerance: float = 1e-6, max_steps: int = 1000
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` largest singular values and their left vectors [count, O].
+
+    By Golub-Kahan-Lanczos bidiagonalisation.
+
+    Bases are kept in float64 and fully reorthogonalised; the start vector is fixed, so that the
+    answer is. Stops when every wanted Ritz value θ is known to `tolerance` · θ_max: with the
+    residual ρ = ‖Wᵀu − θv‖ it is off by at most ρ, and by ρ² over its distance to the next one. A
+    value that occurs twice is found once.
     """
     steps = min(*weight.shape, max_steps)
     count = min(count, *weight.shape)
@@ -107,7 +186,7 @@ def top_singular_values(
     start = weight.transposed(np.random.default_rng(0).standard_normal(weight.shape[0]))
     alphas, betas = [], []
     norm, v_KI[0] = unit(start.astype(np.float64))
-    theta_K, done, check_at = np.zeros(count), norm == 0, 4
+    theta_K, left, done, check_at = np.zeros(0), np.zeros((0, 0)), norm == 0, 4
     while not done:
         k = len(alphas)
         alpha, u_KO[k] = unit(orthogonal(weight.times(v_KI[k]), u_KO[:k]))
@@ -115,11 +194,20 @@ def top_singular_values(
         alphas, betas = [*alphas, alpha], [*betas, beta]
         done = len(alphas) == steps or beta == 0
         if done or len(alphas) >= check_at:
-            check_at = len(alphas) + max(4, k // 8)
+            check_at = len(alphas) + max(2, k // 8)
             left, theta_K, _ = np.linalg.svd(np.diag(alphas) + np.diag(betas[:-1], 1))
-            residual = beta * np.abs(left[-1, :count]).max()
-            done = done or (len(theta_K) >= count and residual <= tolerance * theta_K[0])
-    return np.pad(theta_K, (0, max(0, count - len(theta_K))))[:count]
+            error_K = errors(theta_K, beta * np.abs(left[-1]))[:count]
+            done = done or (len(theta_K) > count and error_K.max() <= tolerance * theta_K[0])
+    short = max(0, count - len(theta_K))
+    u_CO = left[:, :count].T @ u_KO[: len(left)]
+    return np.pad(theta_K, (0, short))[:count], np.pad(u_CO, ((0, short), (0, 0)))
+
+
+def errors(theta_K: np.ndarray, residual_K: np.ndarray) -> np.ndarray:
+    """How far Ritz values, descending, may be off: min(ρ, ρ² / distance to the nearest other)."""
+    apart = np.abs(np.diff(theta_K, prepend=np.inf, append=-np.inf))
+    gap_K = np.maximum(np.minimum(apart[:-1], apart[1:]), np.finfo(float).tiny)
+    return np.minimum(residual_K, residual_K**2 / gap_K)
 
 
 def orthogonal(x: np.ndarray, basis_KN: np.ndarray) -> np.ndarray:

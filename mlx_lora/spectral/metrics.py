@@ -3,11 +3,15 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlx_lora.registry import Table
 from mlx_lora.types import Finding
+
+if TYPE_CHECKING:
+    from mlx_lora.spectral.dynamics import Look
 
 DOMINATING, CRITICAL = 0.30, 0.50  # of the base's largest singular value
 ILL_CONDITIONED = 1000.0
@@ -172,6 +176,8 @@ class LoRAAdapterMetrics:
     k90: int | None = None
     k95: int | None = None
     k99: int | None = None
+    stable_rank_utilization: float | None = None  # stable_rank / nominal_rank
+    energy_rank_utilization: float | None = None  # energy_rank / nominal_rank
     singular_values: Sequence[float] = ()  # of BA, descending
 
     @property
@@ -180,6 +186,18 @@ class LoRAAdapterMetrics:
         if self.status != "trained":
             return 0.0
         return max(math.inf if k is None else k for k in (self.kappa_A, self.kappa_B))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some modules together: those of a block, or of a kind."""
+
+    modules: int
+    effective_rank_mean: float | None  # over the trained ones, like the next
+    rank_utilization_mean: float | None
+    energy_share: float | None  # of the whole adapter's Σ‖scale·BA‖²_F
+    scaled_dominance_mean: float | None
+    scaled_dominance_max: float | None
 
 
 @dataclass(frozen=True)
@@ -195,15 +213,28 @@ class LoRAStructuralMetrics:
     adapter_health: float | None  # sound share of the modules that are not untrained, see `health`
     is_dominating: bool | None  # scaled_max_dominance > 0.30
     is_ill_conditioned: bool | None  # a trained module has κ > 1000, or no full rank
+    energy_top_tenth: float | None = None  # of Σ‖scale·BA‖²_F, the tenth of modules with most
+    energy_concentration: float | None = None  # Σ share², Herfindahl: 1/modules to 1
+    by_block: Mapping[str, "Group"] | None = None
+    by_kind: Mapping[str, "Group"] | None = None
+    # measured only when asked for, with a base
+    directional_mean_dominance: float | None = None  # max over i of scale·σ_i / ‖W v_i‖
+    directional_max_dominance: float | None = None
+    directional_per_layer_dominance: Mapping[str, float | None] | None = None
+    activation_mean_dominance: float | None = None  # E‖scale·BAx‖ / E‖Wx‖ over text
+    activation_max_dominance: float | None = None
+    activation_per_layer_dominance: Mapping[str, float | None] | None = None
+    intruder_dimensions: int | None = None  # of all modules together, see `deep.intruders`
+    per_layer_intruders: Mapping[str, int | None] | None = None
 
 
 @dataclass(frozen=True)
 class LoRADynamicsMetrics:
-    """How the spectra moved during a run; filled by the monitor."""
+    """How the spectra moved during a run, see `dynamics.summed_up`."""
 
     step: int
-    rank_utilization_trend: str  # "stable" | "increasing" | "collapsing"
-    steps_to_saturation: int | None
+    rank_utilization_trend: str | None  # "stable" | "increasing" | "collapsing"
+    steps_to_saturation: int | None  # the step it settled at; None: not yet
     kappa_A_volatility: float | None
     kappa_B_volatility: float | None
     gradient_rank: float | None
@@ -211,10 +242,17 @@ class LoRADynamicsMetrics:
 
 @dataclass(frozen=True)
 class LoRAReport:
-    """Everything `spectrum` says. Its JSON keys are these field names."""
+    """Everything `spectrum` says. Its JSON keys are these field names but for `looks`."""
 
     adapters: Mapping[str, LoRAAdapterMetrics]
     structural: LoRAStructuralMetrics
     dynamics: LoRADynamicsMetrics | None = None
     alerts: Sequence[Finding] = ()
     suggested_rank: int | None = None
+    looks: Sequence["Look"] = ()  # of the run, in order; not in the JSON
+
+    @property
+    def status(self) -> str:
+        """`non_finite` where one module is, `untrained` where all are, else `trained`."""
+        found = {m.status for m in self.adapters.values()}
+        return next((s for s in ("non_finite", "trained") if s in found), "untrained")

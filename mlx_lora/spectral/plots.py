@@ -31,7 +31,7 @@ from mlx_lora.spectral.metrics import (
     LoRAAdapterMetrics,
     LoRAReport,
 )
-from mlx_lora.spectral.spectrum import kinds, places
+from mlx_lora.spectral.names import kinds, places
 from mlx_lora.spectral.structure import finding
 
 if TYPE_CHECKING:

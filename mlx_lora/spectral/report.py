@@ -1,60 +1,87 @@
-"""The spectral report of an adapter: as data, as JSON, as a table, and as pictures in a folder."""
+"""The spectral report of an adapter: as data, as JSON, and as pictures in a folder."""
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mlx.nn as nn
-
-from mlx_lora import models
-from mlx_lora.adapter import files
-from mlx_lora.adapter.attach import lora_layers
 from mlx_lora.errors import AdapterError, RunError, near
 from mlx_lora.runlog import atomically
-from mlx_lora.spectral import base, plots
 from mlx_lora.spectral.alerts import find
-from mlx_lora.spectral.metrics import CRITICAL, DOMINATING, LOW_UTILIZATION, LoRAReport
-from mlx_lora.spectral.spectrum import Pair, kinds, measure, natural, pairs, places, split_expert
-from mlx_lora.spectral.structure import finding, structure, suggested_rank
+from mlx_lora.spectral.dynamics import Look, looks_in, summed_up
+from mlx_lora.spectral.metrics import LoRAReport, LoRAStructuralMetrics
+from mlx_lora.spectral.names import natural, split_expert
+from mlx_lora.spectral.read import of_folder, of_model
+from mlx_lora.spectral.spectrum import Pair, measure
+from mlx_lora.spectral.structure import structure, suggested_rank
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    import mlx.nn as nn
+
+    from mlx_lora.models import Loaded
+
+Tell = Callable[[str, int, int], None]
 
 
 class LoRAAnalyzer:
     """Looks at an adapter: a folder (of an adapter or a run), or a model with LoRA attached.
 
-    `model`, a module or a name for `models.load`, is the base it is compared with; an attached
-    model brings its own. The base is measured once, the adapter afresh in every `analyze()`.
+    `model`, a name for `models.load`, what that returned or its module, is the base it is compared
+    with; an attached model brings its own. `run` is the folder of the run it comes from. The base
+    is measured once, the adapter afresh in every `analyze()`.
     """
 
     def __init__(
-        self, adapter: str | Path | nn.Module, model: str | nn.Module | None = None
+        self,
+        adapter: "str | Path | nn.Module",
+        model: "str | nn.Module | Loaded | None" = None,
+        *,
+        run: Path | None = None,
     ) -> None:
-        self.adapter = adapter
-        if isinstance(adapter, nn.Module) and model is None:
-            model = adapter
-        self.model = models.load(model).model if isinstance(model, str) else model
+        self.adapter, self.run = adapter, run
+        self.model: Any = adapter if model is None and attached(adapter) else model
         self._bases: dict[str, tuple[float, float]] = {}
 
-    def analyze(self, *, alerts: Mapping[str, Mapping[str, Any]] | None = None) -> LoRAReport:
-        """Every metric and finding. `alerts` are options by alert name."""
+    def analyze(
+        self,
+        *,
+        alerts: Mapping[str, Mapping[str, Any]] | None = None,
+        dynamics: Mapping[str, Any] | None = None,
+        deep: bool = False,
+        tell: Tell = lambda what, done, total: None,
+    ) -> LoRAReport:
+        """Every metric and finding. `alerts` are options by alert name, `dynamics` of `summed_up`.
+
+        `deep` asks for what needs many products with the base or its reading of text: directional
+        and activation-weighted dominance, intruders. `tell` hears (work, modules done, of so many).
+        """
         found = sorted(self.read(), key=lambda pair: natural(pair.name))
         if self.model is not None:
-            self.measure_bases(found)
-        adapters = {pair.name: measure(pair) for pair in found}
+            self.measure_bases(found, tell)
+        with ThreadPoolExecutor(min(len(found), os.cpu_count() or 1)) as pool:
+            measured = pool.map(measure, found)
+            adapters = {pair.name: m for pair, m in zip(found, measured, strict=True)}
         sigmas = None if self.model is None else {n: self._bases[n][0] for n in adapters}
         for name, m in adapters.items() if sigmas else ():
             frobenius = self._bases[name][1]
             if m.frobenius_BA is not None and frobenius:
                 update = abs(m.effective_lr_scale) * m.frobenius_BA / frobenius
                 adapters[name] = replace(m, scaled_relative_update=update)
+        structural = structure(adapters, sigmas)
+        if deep:
+            structural = self.look_deeper(found, structural, tell)
+        looks = self.looks()
         report = LoRAReport(
-            adapters, structure(adapters, sigmas), suggested_rank=suggested_rank(adapters)
+            adapters,
+            structural,
+            summed_up(looks, **(dynamics or {})),
+            suggested_rank=suggested_rank(adapters),
+            looks=looks,
         )
         return replace(report, alerts=find(report, alerts))
 
@@ -66,27 +93,41 @@ class LoRAAnalyzer:
         """See `suggested_rank`."""
         return suggested_rank(self.analyze().adapters)
 
+    def looks(self) -> list[Look]:
+        """What a run's monitor saw; nothing for an adapter's folder or a model without a run."""
+        if self.run is None and isinstance(self.adapter, str | Path):
+            return looks_in(Path(self.adapter).expanduser())
+        return [] if self.run is None else looks_in(self.run)
+
     def read(self) -> list[Pair]:
         """The factors, from the folder or the model."""
-        if isinstance(self.adapter, nn.Module):
-            layers = lora_layers(self.adapter)
-            if not layers:
-                raise AdapterError(
-                    "this model has no LoRA layers", "Attach or load an adapter first."
-                )
-            tensors = {f"{n}.{f}": m[f] for n, m in layers.items() for f in ("lora_a", "lora_b")}
-            return list(pairs(tensors, {n: float(m.scale) for n, m in layers.items()}))
-        folder = Path(self.adapter).expanduser()
-        if not (folder / files.CONFIG).is_file() and (folder / "adapters" / files.CONFIG).is_file():
-            folder = folder / "adapters"  # a run folder
-        config, tensors = files.read(folder)
-        return list(pairs(tensors, float(config["lora_parameters"]["scale"])))
+        adapter = self.adapter
+        return of_folder(adapter) if isinstance(adapter, str | Path) else of_model(adapter)
 
-    def measure_bases(self, found: list[Pair]) -> None:
+    def look_deeper(
+        self, found: list[Pair], structural: LoRAStructuralMetrics, tell: Tell
+    ) -> LoRAStructuralMetrics:
+        from mlx_lora.models import Loaded
+        from mlx_lora.spectral import deep
+
+        if not isinstance(self.model, Loaded):
+            raise AdapterError(
+                "a deep look reads text with the base model",
+                "Name the model, or give what models.load() returned.",
+            )
+        return deep.look(found, self.model, structural, tell=partial(tell, "a deep look"))
+
+    def measure_bases(self, found: list[Pair], tell: Tell) -> None:
         """σ_max and ‖W‖_F under every module, once. AdapterError lists what does not fit."""
-        assert self.model is not None
+        from mlx_lora import models
+        from mlx_lora.spectral import base
+        from mlx_lora.spectral.remembered import Sizes
+
+        if isinstance(self.model, str):
+            self.model = models.load(self.model)
+        model = self.model.model if isinstance(self.model, models.Loaded) else self.model
         missing = [pair for pair in found if pair.name not in self._bases]
-        layers = base.frozen_layers(self.model) if missing else {}
+        layers = base.frozen_layers(model) if missing else {}
         problems = []
         for pair in missing:
             name, expert = split_expert(pair.name)
@@ -95,20 +136,31 @@ class LoRAAnalyzer:
                 problems.append(f"  {name} is not in the model. {near(name, layers, 1)}"[:200])
             elif misfit := base.misfit(layer, shape_OI, expert):
                 problems.append(f"  {pair.name}: {misfit}")
-            elif not problems:
-                weight = base.matrix(layer, expert)
-                self._bases[pair.name] = base.sigma_max(weight), base.frobenius(weight)
         if problems:
+            more = [f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else []
             raise AdapterError(
                 f"{len(problems)} of {len(found)} modules do not fit the base model\n"
-                + "\n".join(problems[:20]),
+                + "\n".join([*problems[:20], *more]),
                 "Was the adapter trained on another base? Without a base there is still a report.",
             )
+        sizes = Sizes(model) if missing else None
+        for done, pair in enumerate(missing):
+            assert sizes is not None
+            name, expert = split_expert(pair.name)
+            self._bases[pair.name] = sizes.of(pair.name, base.matrix(layers[name], expert))
+            tell("the base's weights", done + 1, len(missing))
+        if sizes:
+            sizes.keep()
+
+
+def attached(adapter: Any) -> bool:
+    return not isinstance(adapter, str | Path)
 
 
 def to_json(report: LoRAReport) -> dict[str, Any]:
-    """The report as plain data: adapters, structural, dynamics, alerts, suggested_rank."""
+    """The report as plain data: status, adapters, structural, dynamics, alerts, suggested_rank."""
     document = {
+        "status": report.status,
         "adapters": {name: asdict(m) for name, m in report.adapters.items()},
         "structural": asdict(report.structural),
         "dynamics": None if report.dynamics is None else asdict(report.dynamics),
@@ -130,11 +182,13 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write(report: LoRAReport, folder: Path) -> list[Path]:
+def write(report: LoRAReport, folder: Path, *, pictures: bool = True) -> list[Path]:
     """spectrum.json and the pictures, each whole or not there; RunError where that fails."""
+    from mlx_lora.spectral import plots
+
     folder = Path(folder)
     text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
-    contents = {"spectrum.json": text.encode(), **plots.draw(report)}
+    contents = {"spectrum.json": text.encode(), **(plots.draw(report) if pictures else {})}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in contents.items():
@@ -143,73 +197,3 @@ def write(report: LoRAReport, folder: Path) -> list[Path]:
     except OSError as error:
         raise RunError(f"cannot write the report to {folder}: {error}") from error
     return [folder / name for name in contents]
-
-
-def table(report: LoRAReport) -> "RenderableType":
-    """For the terminal: effective rank of BA and scaled dominance, blocks × kinds of module."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    where = places(report.adapters)
-    columns, cells = kinds(where), defaultdict(list)
-    for name, (layer, kind) in where.items():
-        cells[layer, kind].append(name)
-    ranks = sorted({m.nominal_rank for m in report.adapters.values()})
-    title = f"effective rank, of {'/'.join(map(str, ranks))}"
-    base_known = bool(report.structural.scaled_per_layer_dominance)
-    title += " · dominance at scale" if base_known else ""
-    grid = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
-    grid.add_column("block", justify="right", min_width=5)
-    for kind in columns:
-        short = kind.removesuffix("_proj")
-        grid.add_column(short, justify="right", overflow="fold", min_width=7 if base_known else 4)
-    for layer in sorted({layer for layer, _ in where.values()}, key=lambda i: (i is None, i)):
-        row = [cell(report, cells[layer, kind]) for kind in columns]
-        grid.add_row("–" if layer is None else str(layer), *row)
-    return Group(grid, Text("\n".join(summary(report))))
-
-
-def cell(report: LoRAReport, names: list[str]) -> str:
-    """Mean effective rank and largest dominance of some modules (one, or a block's experts)."""
-    if not names:
-        return ""
-    found = [report.adapters[n] for n in names]
-    if any(m.status == "non_finite" for m in found):
-        return "[bold red]NaN[/]"
-    ranks = [m.effective_rank_BA for m in found if m.effective_rank_BA is not None]
-    if not ranks:
-        return "[dim]–[/]"
-    low = any((m.rank_utilization or 1) < LOW_UTILIZATION for m in found)
-    text = f"{sum(ranks) / len(ranks):.1f}"
-    text = f"[yellow]{text}[/]" if low else text
-    known = report.structural.scaled_per_layer_dominance or {}
-    worst = max((d for n in names if (d := known.get(n)) is not None), default=None)
-    if worst is None:
-        return text
-    colour = "red" if worst > CRITICAL else "yellow" if worst > DOMINATING else "dim"
-    short = f"{worst:.2f}".lstrip("0") if worst < 10 else f"{worst:.0f}"
-    return f"{text} [{colour}]{short}[/]"
-
-
-def summary(report: LoRAReport) -> list[str]:
-    """What the table amounts to: the ranks used, the rank to take, each alert with its count."""
-    lines = [f"The adapter {finding(report)}."]
-    if report.suggested_rank is not None:
-        paid = max(m.nominal_rank for m in report.adapters.values())
-        more = f"A module uses nearly all of its rank: try rank {report.suggested_rank}."
-        enough = f"Rank {report.suggested_rank} holds what every module uses."
-        lines.append(more if report.suggested_rank > paid else enough)
-    worst = report.structural.scaled_max_dominance
-    if report.structural.scaled_per_layer_dominance is None:
-        lines.append("Dominance is not known without the base model.")
-    elif worst:
-        lines.append(f"Dominance at scale is at most {worst:.2g} of the base.")
-    by_name = defaultdict(list)
-    for alert in report.alerts:
-        by_name[alert.name].append(alert)
-    for name, some in by_name.items():
-        where = f"{some[0].module}: " if some[0].module else ""
-        more = f" (and {len(some) - 1} more)" if len(some) > 1 else ""
-        lines.append(f"! {name}: {where}{some[0].message}{more}")
-    return lines

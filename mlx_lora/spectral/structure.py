@@ -1,15 +1,20 @@
 """The adapter as a whole: against its base, its health, and the rank it would need."""
 
-from collections.abc import Mapping
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mlx_lora.spectral.metrics import (
     DOMINATING,
     ILL_CONDITIONED,
+    Group,
     LoRAAdapterMetrics,
     LoRAReport,
     LoRAStructuralMetrics,
     rank_for,
 )
+from mlx_lora.spectral.names import kinds, natural, places
 
 SATURATED = 0.90  # utilisation above which more rank may be of use
 
@@ -23,7 +28,7 @@ def structure(
     if sigmas is None:
         absent = dict.fromkeys(LoRAStructuralMetrics.__dataclass_fields__)
         known = {"adapter_health": health(adapters, {}), "is_ill_conditioned": ill}
-        return LoRAStructuralMetrics(**{**absent, **known})
+        return LoRAStructuralMetrics(**{**absent, **known, **shared_out(adapters, {})})
     plain = {n: ratio(m.sigma_max_BA, sigmas[n]) for n, m in adapters.items()}
     scaled = {
         n: None if d is None else abs(adapters[n].effective_lr_scale) * d for n, d in plain.items()
@@ -39,6 +44,47 @@ def structure(
         adapter_health=health(adapters, scaled),
         is_dominating=None if worst is None else worst > DOMINATING,
         is_ill_conditioned=ill,
+        **shared_out(adapters, scaled),
+    )
+
+
+def shared_out(
+    adapters: Mapping[str, LoRAAdapterMetrics], scaled: Mapping[str, float | None]
+) -> dict[str, Any]:
+    """Where the update's energy lies, and the means of each block and of each kind of module."""
+    energy = {n: (m.effective_lr_scale * (m.frobenius_BA or 0.0)) ** 2 for n, m in adapters.items()}
+    total = sum(energy.values())
+    share = {n: e / total for n, e in energy.items()} if total > 0 else {}
+    strongest = sorted(share.values(), reverse=True)[: math.ceil(len(share) / 10)]
+    where = places(adapters)
+    blocks, of_kind = defaultdict(list), defaultdict(list)
+    for name, (block, kind) in where.items():
+        blocks["none" if block is None else str(block)].append(name)
+        of_kind[kind].append(name)
+    return {
+        "energy_top_tenth": sum(strongest) if share else None,
+        "energy_concentration": sum(s * s for s in share.values()) if share else None,
+        "by_block": {
+            b: group(blocks[b], adapters, share, scaled) for b in sorted(blocks, key=natural)
+        },
+        "by_kind": {k: group(of_kind[k], adapters, share, scaled) for k in kinds(where)},
+    }
+
+
+def group(
+    names: Sequence[str],
+    adapters: Mapping[str, LoRAAdapterMetrics],
+    share: Mapping[str, float],
+    scaled: Mapping[str, float | None],
+) -> Group:
+    loudness = {n: scaled.get(n) for n in names if adapters[n].status == "trained"}
+    return Group(
+        modules=len(names),
+        effective_rank_mean=mean({n: adapters[n].effective_rank_BA for n in names}),
+        rank_utilization_mean=mean({n: adapters[n].rank_utilization for n in names}),
+        energy_share=sum(share[n] for n in names) if share else None,
+        scaled_dominance_mean=mean(loudness),
+        scaled_dominance_max=greatest(loudness),
     )
 
 

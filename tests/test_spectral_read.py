@@ -1,0 +1,222 @@
+"""Spectra from files: every format as stored, ten digits, broken files named, nothing heavy."""
+
+import json
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_lora.adapter.mapped import BF16, mapped, widened
+from mlx_lora.errors import AdapterError
+from mlx_lora.spectral import gram
+from mlx_lora.spectral.read import of_folder
+from mlx_lora.spectral.report import LoRAAnalyzer
+from mlx_lora.spectral.spectrum import measure
+
+PLAIN = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": {"rank": 4, "scale": 2.0}}
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def save(folder, tensors, config=PLAIN, *, dtype=mx.float32, peft=False):
+    """An adapter folder, mlx-lm's or PEFT's, of arrays by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "adapter_model.safetensors" if peft else "adapters.safetensors"
+    stored = {k: mx.array(v).astype(dtype) for k, v in tensors.items()}
+    mx.save_safetensors(str(folder / name), stored)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def dense(a_IR, b_RO) -> np.ndarray:
+    """Singular values of the product, formed and decomposed in float64."""
+    count = min(*a_IR.shape, b_RO.shape[1])
+    return np.linalg.svd(np.float64(a_IR) @ np.float64(b_RO), compute_uv=False)[:count]
+
+
+def turned(rows: int, rank: int, s_R, seed: int = 0) -> np.ndarray:
+    """Orthonormal columns times s times a rotation: these are its singular values."""
+    q, _ = np.linalg.qr(random(rows, rank, seed=seed))
+    v, _ = np.linalg.qr(random(rank, rank, seed=seed + 1))
+    return (q * s_R) @ v
+
+
+# Accuracy
+
+
+@pytest.mark.parametrize("condition", [1.0, 30.0, 60.0, 500.0, 1e3, 1e5])
+def test_ten_digits_whatever_the_condition(condition, monkeypatch):
+    qr, used = np.linalg.qr, []
+    monkeypatch.setattr(gram.np.linalg, "qr", lambda *a, **k: used.append(1) or qr(*a, **k))
+    a = turned(700, 16, np.geomspace(1, 1 / condition, 16))
+    used.clear()
+    b = random(16, 500, seed=5)
+    found, s_a, _ = gram.spectra(a, b)
+    assert bool(used) == (condition > 100)
+    wanted = dense(a, b)
+    np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-15 * condition)
+    np.testing.assert_allclose(s_a, np.linalg.svd(a, compute_uv=False), rtol=1e-10)
+
+
+def test_columns_of_any_size_need_no_qr(monkeypatch):
+    a, b = random(600, 16), random(16, 900, seed=1) * np.geomspace(1, 1e-6, 16)[:, None]
+    wanted = gram.spectra(a, b)
+    monkeypatch.setattr(gram, "SAFE", 0)
+    for fast, slow in zip(wanted, gram.spectra(a, b), strict=True):
+        np.testing.assert_allclose(fast, slow, rtol=1e-9)
+    monkeypatch.undo()
+    monkeypatch.setattr(gram.np.linalg, "qr", lambda *a, **k: pytest.fail("no need"))
+    gram.spectra(a, b)
+
+
+def test_blocks_of_rows_add_up(monkeypatch):
+    a = random(130, 8)
+    monkeypatch.setattr(gram, "ROWS", 50)
+    np.testing.assert_allclose(gram.gram(a), a.T @ a, rtol=1e-12)
+    whole = gram.householder(a)
+    monkeypatch.setattr(gram, "TALL", 50)
+    np.testing.assert_allclose(np.abs(gram.householder(a)), np.abs(whole), rtol=1e-10)
+
+
+def test_a_zero_factor_and_a_tiny_one():
+    a = random(50, 4)
+    s_ba, s_a, s_b = gram.spectra(a, np.zeros((4, 20)))
+    assert not s_ba.any() and not s_b.any() and s_a.all()
+    tiny, _, _ = gram.spectra(a, random(4, 20, seed=1) * 1e-200)  # its Gram matrix underflows
+    np.testing.assert_allclose(tiny, dense(a, random(4, 20, seed=1)) * 1e-200, rtol=1e-9)
+
+
+# Formats
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_a_mapped_file_holds_what_mlx_reads(tmp_path, dtype):
+    save(tmp_path, {"m.lora_a": random(9, 4), "m.lora_b": random(4, 5, seed=1)}, dtype=dtype)
+    loaded = mx.load(str(tmp_path / "adapters.safetensors"))
+    found = mapped(tmp_path / "adapters.safetensors")
+    assert found.keys() == loaded.keys()
+    for name, value in found.items():
+        assert (value.dtype == BF16) == (dtype == mx.bfloat16)
+        np.testing.assert_array_equal(widened(value), np.array(loaded[name].astype(mx.float32)))
+    (pair,) = of_folder(tmp_path)
+    wanted = dense(*(np.array(loaded[f"m.{f}"].astype(mx.float32)) for f in ("lora_a", "lora_b")))
+    np.testing.assert_allclose(measure(pair).singular_values, wanted, rtol=1e-10)
+    assert pair.eps == float(mx.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_nan_in_any_precision_is_a_status(tmp_path, dtype, bad):
+    b = random(4, 5)
+    b[2, 2] = bad
+    save(tmp_path, {"m.lora_a": random(9, 4), "m.lora_b": b}, dtype=dtype)
+    report = LoRAAnalyzer(tmp_path).analyze()
+    assert report.adapters["m"].status == "non_finite" and report.suggested_rank is None
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def peft_folder(folder, rank=4, **about):
+    a, b = random(rank, 9), random(5, rank, seed=1)
+    tensors = {f"base_model.model.{Q}.lora_A.weight": a, f"base_model.model.{Q}.lora_B.weight": b}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **about}
+    return save(folder, tensors, config, peft=True), np.float32(a).T, np.float32(b).T
+
+
+@pytest.mark.parametrize(
+    ("about", "rank", "scale"),
+    [
+        ({}, 4, 2.0),
+        ({"use_rslora": True}, 4, 4.0),
+        ({"alpha_pattern": {"q_proj": 2}}, 4, 0.5),
+        ({"rank_pattern": {"q_proj": 2}}, 2, 4.0),
+    ],
+)
+def test_peft_scales_stay_scales(tmp_path, about, rank, scale):
+    folder, a, b = peft_folder(tmp_path, rank, **about)
+    (m,) = LoRAAnalyzer(folder).analyze().adapters.values()
+    assert (m.nominal_rank, m.effective_lr_scale, m.alpha) == (rank, scale, scale * rank)
+    np.testing.assert_allclose(m.singular_values, dense(a, b), rtol=1e-10)
+
+
+def test_dora_and_padded_ranks(tmp_path):
+    a, b = random(9, 4), random(4, 5, seed=1)
+    a[:, 2:], b[2:] = 0, 0
+    tensors = {f"{Q}.lora_a": a, f"{Q}.lora_b": b, f"{Q}.m": np.ones(5)}
+    config = {**PLAIN, "fine_tune_type": "dora", "rank_pattern": {Q: 2}}
+    (m,) = LoRAAnalyzer(save(tmp_path, tensors, config)).analyze().adapters.values()
+    assert m.nominal_rank == 2 and m.kappa_A_status == "exact"
+    np.testing.assert_allclose(m.singular_values, dense(a[:, :2], b[:2]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_experts_of_both_formats(tmp_path, peft):
+    a, b = random(3, 4, 9), random(3, 5, 4, seed=1)
+    names = [f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"] if peft else [f"{Q}.lora_a", f"{Q}.lora_b"]
+    config = {"peft_type": "LORA", "lora_alpha": 8} if peft else PLAIN
+    save(tmp_path, dict(zip(names, (a, b), strict=True)), config, peft=peft)
+    found = LoRAAnalyzer(tmp_path).analyze().adapters
+    assert list(found) == [f"{Q}[{e}]" for e in range(3)]
+    for e, m in enumerate(found.values()):
+        wanted = dense(np.float32(a[e]).T, np.float32(b[e]).T)
+        np.testing.assert_allclose(m.singular_values, wanted, rtol=1e-10)
+
+
+# Bad input
+
+
+def run(folder, *more: str) -> tuple[int, dict]:
+    command = [sys.executable, "-m", "mlx_lora", "spectrum", str(folder), "--json", *more]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, json.loads(done.stdout)
+
+
+BROKEN = {
+    "empty": (lambda whole: b"", "sound safetensors"),
+    "truncated": (lambda whole: whole[:-40], "after the file does"),
+    "a torn header": (lambda whole: whole[:20], "only the start"),
+    "no safetensors": (lambda whole: b"PK\x03\x04" + bytes(200), "safetensors"),
+    "another type": (lambda whole: whole.replace(b"F32", b"I32"), "its type I32"),
+    "foreign": (lambda whole: whole.replace(b".lora_b", b".lokr_b"), "is not a LoRA factor"),
+    "no tensors": (lambda whole: b"\x02" + bytes(7) + b"{}", "no tensors"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_errors_with_a_reason(tmp_path, name):
+    save(tmp_path, {"m.lora_a": random(9, 4), "m.lora_b": random(4, 5)})
+    file = tmp_path / "adapters.safetensors"
+    change, message = BROKEN[name]
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(AdapterError, match=message):
+        LoRAAnalyzer(tmp_path).analyze()
+
+
+def test_parameters_as_targets_are_refused(tmp_path):
+    folder, *_ = peft_folder(tmp_path, target_parameters=["experts.down_proj"])
+    with pytest.raises(AdapterError, match="target_parameters"):
+        of_folder(folder)
+
+
+def test_the_command_line_says_so_in_one_document(tmp_path):
+    code, document = run(tmp_path / "nowhere")
+    assert code == 2 and document["error"]["type"] == "AdapterError"
+    save(tmp_path / "zero", {"m.lora_a": random(9, 4), "m.lora_b": np.zeros((4, 5))})
+    code, document = run(tmp_path / "zero")
+    assert code == 0 and document["status"] == "untrained" and document["suggested_rank"] is None
+
+
+def test_reading_an_adapter_loads_nothing_heavy(tmp_path):
+    save(tmp_path, {"m.lora_a": random(9, 4), "m.lora_b": random(4, 5)})
+    program = (
+        "import sys; from mlx_lora.spectral.report import LoRAAnalyzer, to_json\n"
+        f"to_json(LoRAAnalyzer({str(tmp_path)!r}).analyze())\n"
+        "print({'mlx_lm', 'transformers', 'matplotlib', 'mlx.nn'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
