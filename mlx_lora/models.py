@@ -196,21 +196,27 @@ def save_base(loaded: Loaded, out: Path) -> None:
 
     An adapter that is attached stays out of it.
     """
-    from mlx_lm.utils import save_config
-
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    weights = base_weights(loaded.model)
-    mx.save_safetensors(str(part / "model.safetensors"), weights, metadata={"format": "mlx"})
-    save_config(dict(loaded.config), part / "config.json")
-    for file in sorted(loaded.folder.iterdir()):
+    save_model(base_weights(loaded.model), loaded.config, loaded.folder, part)
+    part.rename(out)
+
+
+def save_model(
+    weights: dict[str, mx.array], config: Mapping[str, Any], source: Path, folder: Path
+) -> None:
+    """Weights and config as a model folder, with the tokenizer of `source`."""
+    from mlx_lm.utils import save_config
+
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    save_config(dict(config), folder / "config.json")
+    for file in sorted(source.iterdir()):
         keep = file.name.startswith(
             ("tokenizer", "special_tokens", "vocab", "merges", "chat_template")
         )
         if keep or file.name == "generation_config.json":
-            shutil.copy(file, part / file.name)
-    part.rename(out)
+            shutil.copy(file, folder / file.name)
 
 
 def base_weights(model: nn.Module) -> dict[str, mx.array]:

@@ -80,6 +80,7 @@ def load(model: nn.Module, folder: Path) -> dict[str, Any]:
         )
     put(model, config, tensors)
     cpu.follow(model)
+    model.eval()  # new layers drop inputs until they are told not to
     mx.eval(model.parameters())
     return config
 

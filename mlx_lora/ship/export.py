@@ -60,7 +60,7 @@ def export(
     base: str | None = None,
     trust_remote_code: bool = False,
 ) -> Shipped:
-    """Write an adapter in another format, read it back onto its base, and check that it is the same.
+    """Write an adapter in another format, read it back onto its base, and check it.
 
     `model` is the base to prove it on, `base` what the file calls its base (the hub id that others
     load). Raises AdapterError before anything is loaded for what the format cannot hold, and

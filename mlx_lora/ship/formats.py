@@ -8,8 +8,6 @@ from typing import Any
 
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import EMBEDDINGS
-from mlx_lora.adapter.inits import REBASING
-from mlx_lora.adapter.tensors import padded
 from mlx_lora.models import Loaded
 from mlx_lora.ship import gguf_files, peft_files
 from mlx_lora.ship.switch import Layers, layers_of, layers_with
@@ -88,18 +86,17 @@ def embeddings(trained: Trained, loaded: Loaded) -> frozenset[str]:
 
 
 def unlike_plain_lora(trained: Trained) -> list[str]:
-    """What PEFT and llama.cpp lack alike: stacks of experts in mlx-lm's layout, bases of our own."""
+    """What PEFT and llama.cpp lack alike: mlx-lm's stacks of experts, bases of our own."""
     problems = []
     if trained.experts:
         problems.append(
             f"{named(trained.experts)}: factors of stacked experts have a layout that only mlx-lm "
             "has"
         )
-    init = (trained.config.get("init") or {}).get("name")
-    if init in REBASING:
+    if trained.rebased:
         problems.append(
-            f"the init {init} put other frozen weights under the adapter: on the original base, "
-            "which is the one others have, it is wrong"
+            f"the init {trained.config['init']['name']} put other frozen weights under the "
+            "adapter: on the original base, which is the one others have, it is wrong"
         )
     return problems
 

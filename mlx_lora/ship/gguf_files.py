@@ -126,7 +126,8 @@ def write(trained: Trained, path: Path, config: Mapping[str, Any]) -> None:
 
 def read(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Factors], float]:
     """What llama.cpp would compute from the file: factors by module, with their scale, and 1."""
-    stored, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
+    loaded: Any = mx.load(str(path), return_metadata=True)
+    stored, metadata = loaded
     alpha = float(metadata[ALPHA].item())
     found = {}
     for name in stored:

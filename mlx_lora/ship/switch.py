@@ -20,6 +20,7 @@ from mlx_lora.ship.trained import read, refuse_other_base
 from mlx_lora.types import Factors
 
 Layers = Mapping[str, Any]
+Whole = tuple[float, mx.array | None]  # scale and m of a layer at strength 1
 
 
 def take_off(model: nn.Module) -> dict[str, Any]:
@@ -90,7 +91,7 @@ class Adapters:
         self.current: str | None = None
         self.strength = 1.0
         self._layers: dict[str, dict[str, Any]] = {}
-        self._whole: dict[str, list[tuple[float, mx.array | None]]] = {}  # scale and m of strength 1
+        self._whole: dict[str, list[Whole]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -154,7 +155,7 @@ def refuse_strength(strength: float) -> None:
         raise ConfigError(f"strength is a finite number, 1 for as trained, got {strength}")
 
 
-def weaken(layer: Any, whole: tuple[float, mx.array | None], strength: float) -> None:
+def weaken(layer: Any, whole: Whole, strength: float) -> None:
     """Set a layer's scale, and DoRA's magnitudes as far from the base's as the strength says."""
     scale, m_O = whole
     layer.scale = strength * scale

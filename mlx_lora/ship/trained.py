@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_lora import bases, models
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import EMBEDDINGS, LINEARS
+from mlx_lora.adapter.inits import REBASING
 from mlx_lora.adapter.tensors import unpadded
 from mlx_lora.errors import AdapterError, near
 from mlx_lora.models import Loaded
@@ -37,6 +38,11 @@ class Trained:
     @property
     def experts(self) -> list[str]:
         return [name for name, f in self.modules.items() if f.lora_a_IR.ndim == 3]
+
+    @property
+    def rebased(self) -> bool:
+        """True where the init put other frozen weights under the adapter."""
+        return (self.config.get("init") or {}).get("name") in REBASING
 
     @property
     def about_base(self) -> Mapping[str, Any]:
@@ -70,16 +76,20 @@ def read(given: Path) -> Trained:
 
 
 def base_name(trained: Trained, given: str | None) -> str:
-    """Where the base is: as given, the one saved in the run's folder, or as the adapter recorded.
+    """Where the base is: as given, as the adapter recorded, or the one saved in the run's folder.
 
-    AdapterError where nobody says.
+    An init that wrote a base of its own means that one. AdapterError where nobody says.
     """
     if given:
         return given
+    recorded = trained.about_base.get("model") or ""
+    here = recorded == models.DEMO or (bool(recorded) and Path(recorded).expanduser().exists())
+    if here and not trained.rebased:
+        return recorded
     for above in list(trained.folder.resolve().parents)[:UPWARDS]:
         if (above / "base" / "config.json").is_file():
             return str(above / "base")
-    if recorded := trained.about_base.get("model"):
+    if recorded:
         return recorded
     raise AdapterError(
         f"{trained.folder} does not say which base it belongs to", "Name it with --model."
@@ -104,6 +114,8 @@ def load_base(
 def refuse_other_base(trained: Trained, loaded: Loaded) -> list[str]:
     """What to know of the base. AdapterError lists every reason why the adapter is not for it."""
     problems, notices = bases.compare(trained.about_base, loaded)
+    if trained.rebased and notices:
+        problems.append("its init wrote weights of its own under it: give that run's base folder")
     problems += misfits(trained, loaded.model)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)

@@ -25,7 +25,7 @@ QUESTIONS = [f"Numbers: {a} {b} 5. Target: {a + b}." for a in range(7, 17) for b
 
 
 def gelu_of_ggml(x: mx.array) -> mx.array:
-    """GELU's tanh form, looked up by and as 16-bit floats; mlx-lm's gemma computes the exact one."""
+    """GELU's tanh form through 16-bit floats; mlx-lm's gemma computes the exact one."""
     half = nn.gelu_approx(x.astype(mx.float16).astype(mx.float32))
     half = half.astype(mx.float16).astype(mx.float32)
     return mx.where(x <= -10, 0, mx.where(x >= 10, x, half))
@@ -65,9 +65,7 @@ def shipped(loaded, folder: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("last_rank", [4, 3])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
-def test_greedy_tokens_are_equal_at_every_strength(
-    architecture, last_rank, tmp_path, monkeypatch
-):
+def test_greedy_tokens_are_equal_at_every_strength(architecture, last_rank, tmp_path, monkeypatch):
     monkeypatch.setattr(nn, "gelu", gelu_of_ggml)
     loaded = lively(architecture)
     folder = adapter(loaded, tmp_path / "adapter", last_rank=last_rank)
