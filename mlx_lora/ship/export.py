@@ -79,7 +79,7 @@ def export(
         FORMATS[to].write(trained, target)
         layers = layers_of(loaded.model, trained.folder)
         report = proof.prove_adapter(loaded, layers, FORMATS[to].read_back(target))
-        if report.verdict == "fail":
+        if proof.differs(report):
             raise NotSame(report)
         proof.write(report, folder)
     notices += remarks(to, loaded)
@@ -103,7 +103,7 @@ def import_peft(
             layers = layers_of(loaded.model, trained.folder)
             shipped = FORMATS["mlx"].read_back(target)
             report = proof.prove_adapter(loaded, layers, shipped)
-            if report.verdict == "fail":
+            if proof.differs(report):
                 raise NotSame(report)
             proof.write(report, folder)
     return Shipped(trained, out, "mlx", called, report, notices)

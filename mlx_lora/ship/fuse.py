@@ -19,12 +19,12 @@ from mlx_lora.progress import watch
 from mlx_lora.runlog import RunLog, atomically
 from mlx_lora.ship import proof
 from mlx_lora.ship.export import refuse_occupied, whole
+from mlx_lora.ship.plots import LOST, survival_plot
 from mlx_lora.ship.requantize import Survival, float_of, fused, together
 from mlx_lora.ship.switch import Adapters
 from mlx_lora.ship.trained import Trained, base_name, load_base, read
 
 FUSED, PICTURE = "fuse.json", "fuse.png"
-LOST = 0.5  # of the update, or of what it does to the outputs: less is refused
 WORN = 0.95  # less is told
 
 
@@ -182,8 +182,6 @@ def unlike(report: Report, kl_adapter: float) -> list[str]:
 
 
 def write_figures(found: Fused, folder: Path) -> None:
-    from mlx_lora.ship.plots import survival_plot
-
     log = RunLog(folder)
     log.write_json(FUSED, found.to_json())
     with atomically(folder / PICTURE) as part:

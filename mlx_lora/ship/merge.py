@@ -17,6 +17,7 @@ from mlx_lora.runlog import RunLog, atomically
 from mlx_lora.ship.algebra import Thin, decomposed, overlap, product, rebuilt
 from mlx_lora.ship.export import refuse_occupied, whole
 from mlx_lora.ship.methods import methods
+from mlx_lora.ship.plots import overlap_plot
 from mlx_lora.ship.trained import Trained, read, sizes_of
 
 MERGED, PICTURE = "merge.json", "merge.png"
@@ -202,8 +203,6 @@ def config_of(trained: Sequence[Trained], merged: Merged) -> dict[str, Any]:
 
 
 def write_figures(merged: Merged, folder: Path) -> None:
-    from mlx_lora.ship.plots import overlap_plot
-
     RunLog(folder).write_json(MERGED, merged.to_json())
     with atomically(folder / PICTURE) as part:
         part.write_bytes(overlap_plot(merged.pairs))

@@ -1,6 +1,7 @@
 """The corruption check between what was trained and what goes out, written beside it."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,11 +47,15 @@ def prove_model(loaded: Loaded, shipped: Loaded, *, seed: int = 0) -> Report:
 
 
 def prove(trained: Side, shipped: Side, *, seed: int) -> Report:
-    import time
-
     probes = read(trained.loaded)
     begin = time.perf_counter()
     return gate.judged(trained, shipped, probes, None, "same", None, begin, seed)
+
+
+def differs(report: Report) -> bool:
+    """Whether a copy of an adapter is none. Another format rounds nothing: any divergence tells."""
+    divergence = [gate.verdict for gate in report.gates if gate.name == "divergence"]
+    return report.verdict == "fail" or divergence != ["pass"]
 
 
 def write(report: Report, folder: Path) -> None:

@@ -44,12 +44,16 @@ def ours(loaded, prompts, count=COUNT):
     return [continued(ids) for ids in prompts]
 
 
-def agree(theirs, mine, gap=1e-4):
-    """Every token equal, and log-probabilities within a gap."""
+def agree(theirs, mine, what, gap=1e-4):
+    """Every token equal, and log-probabilities within a gap, which is said."""
     tokens = [[[t for t, _ in row] for row in side] for side in (theirs, mine)]
     assert tokens[0] == tokens[1]
     told = [np.array([[p for _, p in row] for row in side]) for side in (theirs, mine)]
-    assert np.abs(told[0] - told[1]).max() < gap
+    found = np.abs(told[0] - told[1]).max()
+    print(
+        f"{llama.backend()}: {what}: {len(theirs)} prompts equal, log-probabilities to {found:.1e}"
+    )
+    assert found < gap
     return tokens[0]
 
 
@@ -75,8 +79,9 @@ def test_greedy_tokens_are_equal_at_every_strength(architecture, last_rank, tmp_
     for strength in (None, 1.0, 0.5):
         adapters.use("a" if strength else None, strength or 1.0)
         given = file if strength else None
+        what = f"{architecture}, strength {strength or 'none'}"
         theirs = llama.greedy(base, PROMPTS, COUNT, given, strength or 1.0)
-        said[strength] = agree(theirs, ours(loaded, PROMPTS), GAPS.get(architecture, 1e-4))
+        said[strength] = agree(theirs, ours(loaded, PROMPTS), what, GAPS.get(architecture, 1e-4))
     assert said[None] != said[1.0] != said[0.5], "the adapter is heard, and so is its strength"
     assert len({t for row in said[1.0] for t in row}) > 10, "it says more than one thing"
 
@@ -88,4 +93,4 @@ def test_the_embedded_model_says_the_same(tmp_path):
     adapters = Adapters(loaded)
     adapters.use(adapters.load(folder), 0.1)
     prompts = [list(models.encode_prompt(loaded.tokenizer, q)) for q in QUESTIONS]
-    agree(llama.greedy(base, prompts, COUNT, file, 0.1), ours(loaded, prompts))
+    agree(llama.greedy(base, prompts, COUNT, file, 0.1), ours(loaded, prompts), "demo")

@@ -59,6 +59,13 @@ def mlx_logits(model) -> np.ndarray:
     return np.array(models.logits(model, mx.array(IDS)))
 
 
+def close(theirs: np.ndarray, ours: np.ndarray, what: str) -> None:
+    """Logits within CLOSE; how far apart they are is said."""
+    found = np.abs(theirs - ours).max()
+    print(f"{what}: logits to {found:.1e}")
+    assert found < CLOSE, what
+
+
 def exported(loaded, folder, to, tmp_path):
     """The folder that a format writes, with a base for torch beside it."""
     base, out = base_folder(loaded, tmp_path / "base"), tmp_path / to
@@ -84,7 +91,7 @@ def test_peft_computes_our_logits(architecture, kind, tmp_path):
     files.load(loaded.model, folder)
     ours = mlx_logits(loaded.model)
     assert np.abs(ours - before).max() > 0.5, "the adapter does something"
-    assert np.abs(torch_logits(model) - ours).max() < CLOSE
+    close(torch_logits(model), ours, f"{architecture}, {kind} in PEFT")
     with model.disable_adapter():
         assert np.abs(torch_logits(model) - before).max() < CLOSE
 
@@ -123,7 +130,7 @@ def test_what_peft_trained_is_imported(options, tmp_path):
     out = tmp_path / "mlx"
     FORMATS["mlx"].write(read(tmp_path / "peft"), Target(loaded, out, "base"))
     files.load(loaded.model, out)
-    assert np.abs(mlx_logits(loaded.model) - wanted).max() < CLOSE
+    close(mlx_logits(loaded.model), wanted, f"PEFT's {options} in MLX")
     if "use_dora" not in options:
         stock = load_adapters(lively("qwen3").model, str(out))
         assert np.abs(mlx_logits(stock) - wanted).max() < CLOSE
@@ -144,5 +151,5 @@ def test_one_folder_for_mlx_lm_peft_and_transformers(architecture, tmp_path):
     files.load(loaded.model, folder)
     ours = mlx_logits(loaded.model)
     for name, logits in there.items():
-        assert np.abs(logits - ours).max() < CLOSE, name
+        close(logits, ours, f"{architecture}, universal in {name}")
     assert json.loads((out / files.CONFIG).read_text())["peft_type"] == "LORA"
