@@ -1,12 +1,14 @@
 """What an adapter remembers of its base, and by what the base is known again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.models import Loaded, dense_weight
+from mlx_lora.adapter.tensors import CONFIG
+from mlx_lora.models import Loaded, dense_weight, read_json
 
 SKETCHED, SKETCH_ROWS, SKETCH_SUMS = 8, 16, 4
 SAME_BASE = 0.7  # correlation of two sketches: above 0.95 across bits, about 0 for another model
@@ -25,6 +27,46 @@ def identity(loaded: Loaded) -> dict[str, Any]:
         else None,
         "sketch": sketch(loaded.model),
     }
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What an adapter folder says of its base; nothing where it says nothing readable."""
+    try:
+        about = read_json(folder / CONFIG).get("base")
+    except (OSError, ValueError, AttributeError):
+        return {}  # whoever loads the adapter says what is wrong with it
+    return about if isinstance(about, dict) else {}
+
+
+def compare(about: Mapping[str, Any], loaded: Loaded) -> tuple[list[str], list[str]]:
+    """Why a model is not the recorded base, and in what it is another form of it; often neither."""
+    found = identity(loaded)
+    known = {k: about[k] for k in ("model_type", "quantization", "sketch") if k in about}
+    problems, notices = [], []
+    if known.get("model_type") not in (None, found["model_type"]):
+        problems.append(f"the base is a {known['model_type']}, this is a {found['model_type']}")
+    sketched = known.get("sketch")
+    if sketched and not same_base(sketched, found["sketch"]):
+        problems.append("the base's weights are others (their sketches do not correlate)")
+    elif "quantization" in known and known["quantization"] != found["quantization"]:
+        notices.append(
+            f"the adapter was trained on {form(known['quantization'])} weights, and these are "
+            f"{form(found['quantization'])}: it meets other weights than it learned on"
+        )
+    elif sketched and sketched != found["sketch"]:
+        notices.append("the base's weights differ in their last digits from those it learned on")
+    return problems, notices
+
+
+def form(quantization: Mapping[str, Any] | None) -> str:
+    """
+    >>> form({"bits": 4, "group_size": 64, "mode": "affine"}), form(None)
+    ('4-bit affine (groups of 64)', 'unquantized')
+    """
+    if quantization is None:
+        return "unquantized"
+    mode, group = quantization.get("mode", "affine"), quantization.get("group_size")
+    return f"{quantization.get('bits')}-bit {mode} (groups of {group})"
 
 
 def sketch(model: nn.Module) -> list[float]:

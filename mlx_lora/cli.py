@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_lora import __version__, cpu
+from mlx_lora import __version__, cli_ship, cpu
 from mlx_lora.errors import UserError
 
 BEGAN = time.perf_counter()
@@ -326,6 +326,9 @@ def doctor(as_json: AsJson = False) -> None:
     else:
         print_doctor(findings)
     raise typer.Exit(0 if findings["sound"] else 1)
+
+
+app.add_typer(cli_ship.app)
 
 
 def print_json(document: Any) -> None:

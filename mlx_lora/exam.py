@@ -29,8 +29,8 @@ class Request:
     n: int
     max_tokens: int
 
-    def load(self) -> models.Loaded:
-        return load(self.stage)
+    def load(self, adapter: Path | None) -> models.Loaded:
+        return load(self.stage, adapter)
 
 
 def request(
@@ -77,7 +77,7 @@ def evaluate_named(
         refuse_occupied(out)
     if task.notice:
         console.print(f"[yellow]Note:[/] {escape(task.notice)}.")
-    loaded = asked.load()
+    loaded = asked.load(adapter)
     if adapter:
         files.load(loaded.model, adapter)
     refuse_unfit(loaded, task.load("test", asked.n, 0), asked.max_tokens)

@@ -64,10 +64,16 @@ def resolve(name: str) -> Path:
 
 
 def load(
-    name: str, *, quantize: dict[str, Any] | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    quantize: Mapping[str, Any] | None = None,
+    rebuild: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Loaded:
     """Load a model, frozen. `quantize` = {bits, group_size, mode} applies to an unquantized one.
 
+    One that is quantized already in another way is a ModelError. `rebuild` is how an adapter's base
+    was quantized: it applies where the model is unquantized and nothing else is asked for.
     On a CPU everything is computed in float32: low precision there is both slow and wrong (a bf16
     quantized matmul is off by 3.6 %). Raises ModelError for anything that does not load.
     """
@@ -75,8 +81,8 @@ def load(
 
     cpu.settle()
     folder = resolve(name)
-    if name == DEMO and quantize is None:
-        quantize = DEMO_QUANTIZATION
+    asked = quantize
+    quantize = quantize or rebuild or (DEMO_QUANTIZATION if name == DEMO else None)
     try:
         model, config = load_model(folder, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
@@ -88,6 +94,8 @@ def load(
     refuse_ends(eos_ids(tokenizer), config, folder)
     if cpu.active():
         model.set_dtype(mx.float32)
+    if asked:
+        refuse_requantizing(asked, config, name)
     quantized_here = bool(quantize and quantize.get("bits")) and "quantization" not in config
     if quantized_here:
         model, config = quantized(model, config, **quantize)  # type: ignore[arg-type]
@@ -96,6 +104,21 @@ def load(
     cpu.accelerate(model)
     mx.eval(model.parameters())
     return Loaded(model, tokenizer, config, name, folder, quantized_here)
+
+
+def refuse_requantizing(asked: Mapping[str, Any], config: Mapping[str, Any], name: str) -> None:
+    """ModelError where a model is quantized already, and not in the way that is asked for."""
+    present = config.get("quantization")
+    if present is None:
+        return
+    wanted = {**DEMO_QUANTIZATION, **{k: v for k, v in asked.items() if v is not None}}
+    other = [k for k, v in wanted.items() if present.get(k, DEMO_QUANTIZATION[k]) != v]
+    if other:
+        said = ", ".join(f"{k} is {present.get(k)}, asked for {wanted[k]}" for k in other)
+        raise ModelError(
+            f"{name} is quantized already: {said}",
+            "Leave quantization out, or give the unquantized model.",
+        )
 
 
 def refuse_ends(eos: Iterable[int], config: Mapping[str, Any], folder: Path) -> None:
@@ -173,21 +196,27 @@ def save_base(loaded: Loaded, out: Path) -> None:
 
     An adapter that is attached stays out of it.
     """
-    from mlx_lm.utils import save_config
-
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    weights = base_weights(loaded.model)
-    mx.save_safetensors(str(part / "model.safetensors"), weights, metadata={"format": "mlx"})
-    save_config(dict(loaded.config), part / "config.json")
-    for file in sorted(loaded.folder.iterdir()):
+    save_model(base_weights(loaded.model), loaded.config, loaded.folder, part)
+    part.rename(out)
+
+
+def save_model(
+    weights: dict[str, mx.array], config: Mapping[str, Any], source: Path, folder: Path
+) -> None:
+    """Weights and config as a model folder, with the tokenizer of `source`."""
+    from mlx_lm.utils import save_config
+
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    save_config(dict(config), folder / "config.json")
+    for file in sorted(source.iterdir()):
         keep = file.name.startswith(
             ("tokenizer", "special_tokens", "vocab", "merges", "chat_template")
         )
         if keep or file.name == "generation_config.json":
-            shutil.copy(file, part / file.name)
-    part.rename(out)
+            shutil.copy(file, folder / file.name)
 
 
 def base_weights(model: nn.Module) -> dict[str, mx.array]:

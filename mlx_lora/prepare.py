@@ -48,16 +48,20 @@ class Prepared:
     asked: Check  # what the experiment says of checks
 
 
-def load(e: Stage) -> Loaded:
+def load(e: Stage, adapter: Path | None = None) -> Loaded:
+    """An experiment's model, quantized as it says, or else as the base of an adapter was."""
     quantize = e.quantize.model_dump() if e.quantize else None
-    return models.load(e.model, quantize=quantize, trust_remote_code=e.trust_remote_code)
+    rebuild = bases.recorded(adapter).get("quantization") if adapter else None
+    trust = e.trust_remote_code
+    return models.load(e.model, quantize=quantize, rebuild=rebuild, trust_remote_code=trust)
 
 
 def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console) -> Prepared:
     """Load, quantize, attach, and check before a single step. Raises CheckFailed."""
     e = experiment.first
     with clock.measure("load model"):
-        loaded = load(e)
+        started = e.resume_adapter_file
+        loaded = load(e, files.folder_of(started) if started else None)
         refuse_other_bases(loaded)
     with clock.measure("check"):
         began = time.perf_counter()

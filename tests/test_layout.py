@@ -46,7 +46,7 @@ LAYERS = [  # each may import from its own row and from those above it
     ["ship"],
     ["memory", "curves", "exam", "prepare", "recorder", "guard", "contest", "unsupported"],
     ["experiment", "stages"],
-    ["doctor", "listing", "plan", "show", "cli", "__init__", "__main__"],
+    ["doctor", "listing", "plan", "show", "cli", "cli_ship", "__init__", "__main__"],
 ]
 LEVEL = {unit: level for level, row in enumerate(LAYERS) for unit in row}
 LIGHT = ["__init__", "__main__", "cli", "config", "registry", "errors"]

@@ -15,7 +15,7 @@ from mlx_lora.adapter.attach import FACTORS, expand_keys, lora_layers, to_lora_l
 from mlx_lora.adapter.tensors import CONFIG, WEIGHTS, digest, folder_of, padded, read, unpadded
 from mlx_lora.errors import AdapterError, near
 
-__all__ = ["CONFIG", "FACTORS", "WEIGHTS", "folder_of", "load", "put", "read", "save"]
+__all__ = ["CONFIG", "FACTORS", "WEIGHTS", "folder_of", "load", "put", "read", "save", "write"]
 
 
 def save(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
@@ -30,22 +30,15 @@ def save(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
         if factor in layer
     }
     rank = max(config["lora_parameters"]["rank"], *(rank_of(m.lora_a) for m in layers.values()))
-    write(tensors, config, folder, rank=rank, scale=scales.pop())
+    parameters = {**config["lora_parameters"], "rank": rank, "scale": scales.pop()}
+    write({**config, "lora_parameters": parameters}, tensors, folder)
 
 
-def write(
-    tensors: Mapping[str, mx.array],
-    config: Mapping[str, Any],
-    folder: Path,
-    *,
-    rank: int,
-    scale: float,
-) -> None:
-    """Factors of any rank up to `rank` as a folder that mlx-lm loads."""
-    tensors, pattern = padded(tensors, rank)
-    parameters = {**config["lora_parameters"], "rank": rank, "scale": scale}
+def write(config: Mapping[str, Any], tensors: Mapping[str, mx.array], folder: Path) -> None:
+    """Write factors of any ranks up to the config's, without a model."""
+    tensors, pattern = padded(tensors, config["lora_parameters"]["rank"])
     about = {k: v for k, v in config.items() if k != "rank_pattern"}
-    about |= {"lora_parameters": parameters} | ({"rank_pattern": pattern} if pattern else {})
+    about |= {"rank_pattern": pattern} if pattern else {}
     about["tensors_hash"] = digest(tensors)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / ".adapters.part.safetensors"
@@ -87,6 +80,7 @@ def load(model: nn.Module, folder: Path) -> dict[str, Any]:
         )
     put(model, config, tensors)
     cpu.follow(model)
+    model.eval()  # new layers drop inputs until they are told not to
     mx.eval(model.parameters())
     return config
 

@@ -18,6 +18,11 @@ from mlx_lora.errors import AdapterError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+UNFIT = (  # what changes the computation and has no counterpart in mlx-lm
+    "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters",
+    "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
+)  # fmt: skip
+REBASED = ("pissa", "olora", "corda", "loftq")
 PARTS = {
     "lora_A.weight": "lora_a",
     "lora_B.weight": "lora_b",
@@ -50,6 +55,12 @@ def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         raise AdapterError(f"the PEFT adapter in {folder} does not load: {error}") from error
     refuse(about, folder)
     tensors: dict[str, mx.array] = {}
+    unknown = [n for n in stored if not split(n)[1] and ".base_layer." not in n]
+    if unknown:
+        raise AdapterError(
+            f"{folder}: {len(unknown)} tensors are no LoRA factors, like {', '.join(unknown[:3])}",
+            "mlx-lm's LoRA layers have no place for them.",
+        )
     for name, value in stored.items():
         module, factor = split(name)
         if factor:
@@ -83,9 +94,15 @@ def refuse(about: Any, folder: Path) -> None:
     if not isinstance(about, dict) or about.get("peft_type") != "LORA":
         kind = about.get("peft_type") if isinstance(about, dict) else None
         raise AdapterError(f"{folder} holds a PEFT adapter of type {kind}, only LORA is read")
-    unfit = [k for k in ("lora_bias", "modules_to_save", "trainable_token_indices") if about.get(k)]
+    unfit = [k for k in UNFIT if about.get(k)]
     if about.get("bias", "none") != "none":
         unfit.append("bias")
+    start = about.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(REBASED):
+        raise AdapterError(
+            f"{folder}: the init {start} put other frozen weights under this adapter",
+            "Save it in PEFT with path_initial_model_for_weight_conversion, which undoes that.",
+        )
     if unfit:
         raise AdapterError(
             f"{folder}: mlx-lm's LoRA layers have no place for {', '.join(unfit)}",

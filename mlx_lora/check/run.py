@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_lora import models
+from mlx_lora import bases, models
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
 from mlx_lora.check import certificate
@@ -35,9 +35,13 @@ class Request:
     adapter2: Path | None = None  # ... and its adapter
     trust_remote_code: bool = False
 
-    def load(self, name: str, quantize: Mapping[str, Any] | None = None) -> models.Loaded:
-        packed = dict(quantize) if quantize else None
-        return models.load(name, quantize=packed, trust_remote_code=self.trust_remote_code)
+    def load(
+        self, name: str, adapter: Path | None, quantize: Mapping[str, Any] | None = None
+    ) -> models.Loaded:
+        """A model, quantized as asked, or else as the adapter's base was."""
+        rebuild = bases.recorded(adapter).get("quantization") if adapter else None
+        trust = self.trust_remote_code
+        return models.load(name, quantize=quantize, rebuild=rebuild, trust_remote_code=trust)
 
 
 def request(
@@ -135,9 +139,9 @@ def check_named(
     expect = certificate.foresee(adapter, asked.expect, certify=certify, verify=verify, out=out)
     recorded = certificate.read(adapter) if adapter and verify else None
     quantize = asked.quantize or (certificate.quantization(recorded) if recorded else None)
-    loaded = asked.load(asked.model, quantize)
+    loaded = asked.load(asked.model, adapter, quantize)
     if asked.against is not None:
-        other = asked.load(asked.against)
+        other = asked.load(asked.against, asked.adapter2)
         for model, folder in ((loaded, adapter), (other, asked.adapter2)):
             if folder:
                 files.load(model.model, folder)

@@ -1,1 +1,1 @@
-"""What leaves the house: an adapter at the rank it uses. Each ends by calling the check."""
+"""What was trained goes out: cut to size, in other formats, merged, fused, talked to; each proven."""

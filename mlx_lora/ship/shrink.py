@@ -212,9 +212,9 @@ def write(
         if a.ndim == 3:  # experts: [E, R, I] and [E, O, R]
             a, b = mx.pad(a, [(0, 0), (0, more), (0, 0)]), mx.pad(b, [(0, 0), (0, 0), (0, more)])
         found[f"{name}.lora_a"], found[f"{name}.lora_b"] = a, b
-    scale = float(config["lora_parameters"]["scale"])
+    parameters = {**config["lora_parameters"], "rank": rank}
     try:
-        files.write(found, config, out, rank=rank, scale=scale)
+        files.write({**config, "lora_parameters": parameters}, found, out)
     except OSError as error:
         shutil.rmtree(out, ignore_errors=True)
         raise RunError(f"cannot write the adapter to {out}: {error}") from error

@@ -1,0 +1,230 @@
+"""The commands that ship an adapter: export, import, merge, fuse, generate, chat."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer()
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Adapter = Annotated[Path, typer.Argument(help="Adapter folder, mlx-lm's or PEFT's.")]
+Adapters = Annotated[
+    list[Path] | None, typer.Option("--adapter", help="Adapter folder; repeatable.")
+]
+Out = Annotated[Path, typer.Option(help="Folder to make.")]
+Base = Annotated[str | None, typer.Option("--model", help="Its base [as it recorded].")]
+Model = Annotated[str, typer.Argument(help="A model folder, a hub id, or `demo`.")]
+Strength = Annotated[float, typer.Option(help="0 is the base, 1 the adapter as trained.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
+
+
+@app.command()
+def export(
+    adapter: Adapter,
+    to: Annotated[str, typer.Option(help="mlx, peft, gguf or universal.")],
+    out: Out,
+    model: Base = None,
+    base: Annotated[
+        str | None, typer.Option(help="What the file calls its base, such as a hub id.")
+    ] = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter in another format, and check what was written against what was trained."""
+    from mlx_lora.ship import export as exporting
+
+    def write() -> Any:
+        return exporting.export(
+            adapter, to, out, model=model, base=base, trust_remote_code=trust_remote_code
+        )
+
+    shipped(write, as_json)
+
+
+@app.command("import")
+def import_peft(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT adapter.")],
+    out: Out,
+    model: Annotated[str | None, typer.Option(help="Its base, to check it on.")] = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a PEFT adapter as a folder for mlx-lm; with --model, checked."""
+    from mlx_lora.ship import export as exporting
+
+    def write() -> Any:
+        return exporting.import_peft(adapter, out, model=model, trust_remote_code=trust_remote_code)
+
+    shipped(write, as_json)
+
+
+def shipped(write: Any, as_json: bool) -> None:
+    """Print what was written; exit code 1 where the check said that it is not the same."""
+    from mlx_lora.cli import print_json
+    from mlx_lora.ship.export import NotSame
+    from mlx_lora.ship.show import print_shipped
+
+    try:
+        found = write().to_json()
+    except NotSame as different:
+        from mlx_lora.check.show import print_report
+
+        if as_json:
+            about = {"type": "NotSame", "message": str(different), "hint": ""}
+            print_json({"error": about, "check": different.report.to_json()})
+        else:
+            print_report(different.report)
+            typer.echo("Nothing was written: it is not what was trained.", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        print_json(found)
+    else:
+        print_shipped(found)
+
+
+@app.command()
+def merge(
+    adapters: Annotated[list[Path], typer.Argument(help="Two adapter folders or more.")],
+    out: Out,
+    method: Annotated[str, typer.Option(help="linear, ties or orthogonal.")] = "linear",
+    weights: Annotated[str | None, typer.Option(help="Comma-separated [1 each].")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the result [what it takes].")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("-o", "--option", help="Of the method: density=0.2")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One adapter from several on one base, with the angles between them."""
+    from mlx_lora.cli import print_json
+    from mlx_lora.config import parse_options
+    from mlx_lora.ship import merge as merging
+    from mlx_lora.ship.show import print_merged
+
+    found = merging.merge(
+        adapters,
+        out,
+        method=method,
+        weights=numbers(weights),
+        rank=rank,
+        options=parse_options(option or []),
+    ).to_json()
+    if as_json:
+        print_json(found)
+    else:
+        print_merged(found)
+
+
+def numbers(text: str | None) -> list[float] | None:
+    """--weights "0.5, 0.5" as numbers."""
+    from mlx_lora.errors import ConfigError
+
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise ConfigError(f"--weights {text}: should be numbers, like 0.5,0.5") from None
+
+
+@app.command()
+def fuse(
+    adapter: Adapter,
+    out: Out,
+    model: Base = None,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Write it unquantized.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write it even if it is lost.")] = False,
+    strength: Strength = 1.0,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the base with the adapter in its weights; exit code 1 where that would lose it."""
+    from mlx_lora.cli import print_json
+    from mlx_lora.progress import console
+    from mlx_lora.ship import fuse as fusing
+    from mlx_lora.ship.show import print_fused
+
+    try:
+        found = fusing.fuse(
+            adapter,
+            out,
+            model=model,
+            dequantize=dequantize,
+            force=force,
+            strength=strength,
+            trust_remote_code=trust_remote_code,
+            console=console(),
+        )
+    except fusing.Refused as refused:
+        found = refused.found
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_fused(found.to_json())
+    raise typer.Exit(0 if found.written else 1)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="Repeatable.")],
+    adapter: Adapters = None,
+    strength: Strength = 1.0,
+    n: Annotated[int, typer.Option("-n", min=1, help="Completions of each prompt.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Completion length.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    seed: int = 0,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a model writes, with an adapter at any strength. The texts alone go to stdout."""
+    from mlx_lora.cli import print_json
+    from mlx_lora.ship import talk
+    from mlx_lora.ship.show import print_answers
+
+    manner = talk.Manner(max_tokens, temperature, top_p, seed)
+    opened = talk.opened(model, adapter or [], strength, trust_remote_code=trust_remote_code)
+    found = talk.answers(opened, prompt, n, manner)
+    if as_json:
+        print_json(found)
+    else:
+        for notice in found["notices"]:
+            typer.echo(f"Note: {notice}.", err=True)
+        print_answers(found)
+
+
+@app.command()
+def chat(
+    model: Model,
+    adapter: Adapters = None,
+    strength: Strength = 1.0,
+    system: Annotated[str, typer.Option(help="A system prompt.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Answer length.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    seed: int = 0,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Talk to a model; switch between adapters and set their strength on the way."""
+    from mlx_lora.ship import talk
+
+    opened = talk.opened(model, adapter or [], strength, trust_remote_code=trust_remote_code)
+    for notice in opened.notices:
+        typer.echo(f"Note: {notice}.", err=True)
+    manner = talk.Manner(max_tokens, temperature, top_p, seed)
+
+    def say(text: str) -> None:
+        typer.echo(text, nl=False)
+
+    talk.Chat(opened, manner, say, system).run(typed())
+
+
+def typed() -> Iterator[str]:
+    """Lines from stdin, asked for with a prompt at a terminal."""
+    asks = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            yield input(asks)
+        except EOFError:
+            return

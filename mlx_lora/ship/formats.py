@@ -1,0 +1,146 @@
+"""The formats: what each can hold, how it is written, and how MLX reads it back for the proof."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.adapter import files
+from mlx_lora.adapter.attach import EMBEDDINGS
+from mlx_lora.models import Loaded
+from mlx_lora.ship import gguf_files, peft_files
+from mlx_lora.ship.switch import Layers, layers_of, layers_with
+from mlx_lora.ship.trained import Trained
+
+FEW = 3  # modules named in a sentence
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an adapter goes: its base in memory, the folder to fill, and what to call the base."""
+
+    loaded: Loaded
+    folder: Path
+    base: str | None
+
+
+@dataclass(frozen=True)
+class Format:
+    about: str
+    refusals: Callable[[Trained, Mapping[str, Any]], list[str]]
+    write: Callable[[Trained, Target], None]
+    read_back: Callable[[Target], Layers]
+
+
+def mlx_config(trained: Trained, base: str | None) -> dict[str, Any]:
+    """adapter_config.json for mlx-lm, whatever the adapter came from."""
+    about = {**trained.about_base, **({"model": base} if base else {})}
+    parameters = {"dropout": 0.0, **trained.config["lora_parameters"], "rank": trained.rank}
+    return {**trained.config, "lora_parameters": parameters, "base": about}
+
+
+def mlx_tensors(trained: Trained) -> dict[str, Any]:
+    """The factors under mlx-lm's names, at the ranks in use."""
+    parts = [("lora_a", {n: f.lora_a_IR for n, f in trained.modules.items()})]
+    parts += [("lora_b", {n: f.lora_b_RO for n, f in trained.modules.items()})]
+    parts += [("m", trained.magnitudes_O)]
+    return {f"{name}.{part}": value for part, values in parts for name, value in values.items()}
+
+
+def write_mlx(trained: Trained, target: Target) -> None:
+    files.write(mlx_config(trained, target.base), mlx_tensors(trained), target.folder)
+
+
+def write_peft(trained: Trained, target: Target) -> None:
+    peft_files.write(trained, target.folder, target.base, embeddings(trained, target.loaded))
+
+
+def write_universal(trained: Trained, target: Target) -> None:
+    """Both tensors files, and one config that both read. `rank_pattern` means the same to both."""
+    write_mlx(trained, target)
+    import json
+
+    about = json.loads((target.folder / files.CONFIG).read_text(encoding="utf-8"))
+    names = embeddings(trained, target.loaded)
+    peft_files.write(trained, target.folder, target.base, names, about)
+
+
+def write_gguf(trained: Trained, target: Target) -> None:
+    gguf_files.write(trained, target.folder / gguf_files.WEIGHTS, target.loaded.config)
+
+
+def read_folder(target: Target) -> Layers:
+    return layers_of(target.loaded.model, target.folder)
+
+
+def read_gguf(target: Target) -> Layers:
+    found = gguf_files.read(target.folder / gguf_files.WEIGHTS, target.loaded.config)
+    return layers_with(target.loaded.model, *found)
+
+
+def embeddings(trained: Trained, loaded: Loaded) -> frozenset[str]:
+    """Modules of the adapter that are embeddings in this model."""
+    there = {n for n, m in loaded.model.named_modules() if isinstance(m, EMBEDDINGS)}
+    return frozenset(there & trained.modules.keys())
+
+
+def unlike_plain_lora(trained: Trained) -> list[str]:
+    """What PEFT and llama.cpp lack alike: mlx-lm's stacks of experts, bases of our own."""
+    problems = []
+    if trained.experts:
+        problems.append(
+            f"{named(trained.experts)}: factors of stacked experts have a layout that only mlx-lm "
+            "has"
+        )
+    if trained.rebased:
+        problems.append(
+            f"the init {trained.config['init']['name']} put other frozen weights under the "
+            "adapter: on the original base, which is the one others have, it is wrong"
+        )
+    return problems
+
+
+def unfit_for_peft(trained: Trained, config: Mapping[str, Any]) -> list[str]:
+    problems = unlike_plain_lora(trained)
+    text = config.get("text_config") or config
+    if embedded(trained) and text.get("tie_word_embeddings"):
+        problems.append(
+            f"{named(embedded(trained))}: mlx-lm adapts the tied output head with it, PEFT does not"
+        )
+    return problems
+
+
+def unfit_for_gguf(trained: Trained, config: Mapping[str, Any]) -> list[str]:
+    problems = unlike_plain_lora(trained)
+    if trained.magnitudes_O:
+        problems.append("it is a DoRA adapter, and GGUF adapters hold no magnitudes")
+    kind = config.get("model_type")
+    if kind not in gguf_files.ARCHITECTURES:
+        known = ", ".join(gguf_files.ARCHITECTURES)
+        problems.append(f"no mapping to llama.cpp's names for a {kind}; there is one for {known}")
+    elif nameless := [m for m in trained.modules if gguf_files.tensor_name(m) is None]:
+        problems.append(f"{named(nameless)}: no name in llama.cpp that was verified")
+    if trained.scale == 0:
+        problems.append("its scale is 0, which a GGUF adapter would read as 1")
+    return problems
+
+
+def embedded(trained: Trained) -> list[str]:
+    """Modules that are embeddings by their name, as far as that can be known without the model."""
+    return [n for n in trained.modules if re.search(r"embed|\bwte\b", n.rpartition(".")[2])]
+
+
+def named(modules: list[str]) -> str:
+    more = len(modules) - FEW
+    return ", ".join(modules[:FEW]) + (f" and {more} more" if more > 0 else "")
+
+
+FORMATS = {
+    "mlx": Format("mlx-lm's own, plain", lambda *_: [], write_mlx, read_folder),
+    "peft": Format("for PEFT and transformers", unfit_for_peft, write_peft, read_folder),
+    "gguf": Format("one file for llama.cpp", unfit_for_gguf, write_gguf, read_gguf),
+    "universal": Format(
+        "one folder for mlx-lm, PEFT and transformers", unfit_for_peft, write_universal, read_folder
+    ),
+}

@@ -1,0 +1,155 @@
+"""An adapter apart from its model, and the base that it belongs to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora import bases, models
+from mlx_lora.adapter import files
+from mlx_lora.adapter.attach import EMBEDDINGS, LINEARS
+from mlx_lora.adapter.inits import REBASING
+from mlx_lora.adapter.tensors import unpadded
+from mlx_lora.errors import AdapterError, near
+from mlx_lora.models import Loaded
+from mlx_lora.types import Factors
+
+UPWARDS = 3  # runs/x/stages/1_sft/adapters lies this deep below the folder that holds base/
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The factors of an adapter by module, at the ranks in use, in mlx-lm's layout."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    modules: Mapping[str, Factors]
+    scale: float
+    magnitudes_O: Mapping[str, mx.array] = field(default_factory=dict)  # of DoRA
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max(map(rank_of, self.modules.values()))
+
+    @property
+    def experts(self) -> list[str]:
+        return [name for name, f in self.modules.items() if f.lora_a_IR.ndim == 3]
+
+    @property
+    def rebased(self) -> bool:
+        """True where the init put other frozen weights under the adapter."""
+        return (self.config.get("init") or {}).get("name") in REBASING
+
+    @property
+    def about_base(self) -> Mapping[str, Any]:
+        return self.config.get("base") or {}
+
+
+def rank_of(factors: Factors) -> int:
+    a = factors.lora_a_IR
+    return a.shape[-2] if a.ndim == 3 else a.shape[-1]
+
+
+def read(given: Path) -> Trained:
+    """An adapter folder, mlx-lm's or PEFT's. AdapterError where it is none."""
+    folder = files.folder_of(str(given))
+    config, stored = files.read(folder)
+    kind = config["lora_parameters"].get("type", "lora")
+    if kind != "lora":
+        raise AdapterError(
+            f"{folder} is an adapter of type {kind}: its update bends with the input",
+            "No format and no weight matrix can hold that. Train one of type lora to ship it.",
+        )
+    tensors = unpadded(config, stored)
+    names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    halves = [n for n in names if not {f"{n}.lora_a", f"{n}.lora_b"} <= tensors.keys()]
+    if halves or not names:
+        shown = ", ".join(halves[:3])
+        raise AdapterError(f"{folder}: {f'half a pair at {shown}' if halves else 'no factors'}")
+    modules = {n: Factors(tensors[f"{n}.lora_a"], tensors[f"{n}.lora_b"]) for n in names}
+    magnitudes = {n: tensors[f"{n}.m"] for n in names if f"{n}.m" in tensors}
+    return Trained(folder, config, modules, config["lora_parameters"]["scale"], magnitudes)
+
+
+def base_name(trained: Trained, given: str | None) -> str:
+    """Where the base is: as given, as the adapter recorded, or the one saved in the run's folder.
+
+    An init that wrote a base of its own means that one. AdapterError where nobody says.
+    """
+    if given:
+        return given
+    recorded = trained.about_base.get("model") or ""
+    here = recorded == models.DEMO or (bool(recorded) and Path(recorded).expanduser().exists())
+    if here and not trained.rebased:
+        return recorded
+    for above in list(trained.folder.resolve().parents)[:UPWARDS]:
+        if (above / "base" / "config.json").is_file():
+            return str(above / "base")
+    if recorded:
+        return recorded
+    raise AdapterError(
+        f"{trained.folder} does not say which base it belongs to", "Name it with --model."
+    )
+
+
+def load_base(
+    trained: Trained, name: str, *, trust_remote_code: bool = False
+) -> tuple[Loaded, list[str]]:
+    """The adapter's base, quantized as it was, and what to know of it.
+
+    AdapterError lists everything by which the model at `name` is not that base.
+    """
+    loaded = models.load(
+        name,
+        rebuild=trained.about_base.get("quantization"),
+        trust_remote_code=trust_remote_code,
+    )
+    return loaded, refuse_other_base(trained, loaded)
+
+
+def refuse_other_base(trained: Trained, loaded: Loaded) -> list[str]:
+    """What to know of the base. AdapterError lists every reason why the adapter is not for it."""
+    problems, notices = bases.compare(trained.about_base, loaded)
+    if trained.rebased and notices:
+        problems.append("its init wrote weights of its own under it: give that run's base folder")
+    problems += misfits(trained, loaded.model)
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        recorded = trained.about_base.get("model")
+        hint = f"It was trained on {recorded}." if recorded else ""
+        raise AdapterError(
+            f"the adapter {trained.folder} does not belong to {loaded.name}:\n{lines}",
+            f"{hint} Name its base with --model.".strip(),
+        )
+    return notices
+
+
+def misfits(trained: Trained, model: nn.Module) -> list[str]:
+    """A line for every module that the model lacks, or has in another size."""
+    there = {n: m for n, m in model.named_modules() if isinstance(m, (*LINEARS, *EMBEDDINGS))}
+    lines = []
+    for name, factors in trained.modules.items():
+        if name not in there:
+            lines.append(f"{name}: the model has no such layer. {near(name, there, 1)}"[:200])
+            continue
+        wanted, found = sizes(there[name]), sizes_of(factors)
+        if wanted != found:
+            text = " to ".join(map(str, found)), " to ".join(map(str, wanted))
+            lines.append(f"{name}: made for {text[0]} dimensions, the layer has {text[1]}")
+    return lines
+
+
+def sizes(layer: Any) -> tuple[int, int]:
+    """Width of what goes in and what comes out; of an embedding tokens and width."""
+    across, rows = models.in_dims(layer), layer.weight.shape[-2]
+    return (rows, across) if isinstance(layer, EMBEDDINGS) else (across, rows)
+
+
+def sizes_of(factors: Factors) -> tuple[int, int]:
+    """The same of the layer that factors were made for."""
+    a, b = factors.lora_a_IR, factors.lora_b_RO
+    return (a.shape[-1], b.shape[-2]) if a.ndim == 3 else (a.shape[0], b.shape[-1])

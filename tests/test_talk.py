@@ -1,0 +1,84 @@
+"""generate and chat: the adapter's words at the strength in force, streamed as they are decoded."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from mlx_lora import models
+from mlx_lora.cli import app
+from mlx_lora.errors import ConfigError
+from mlx_lora.ship import talk
+from mlx_lora.ship.switch import Adapters
+from mlx_lora.ship.talk import Chat, Manner, answers, opened, printable, spoken
+from tests.test_ship import adapter
+
+QUESTION = "How many legs has a duck?"
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory):
+    options = {"init": "gaussian", "init_options": {"std": 0.2}}
+    return adapter(tmp_path_factory.mktemp("talk") / "loud", models.load("demo"), **options)
+
+
+def test_the_command_writes_what_the_library_generates(loud):
+    done = CliRunner().invoke(app, ["generate", "demo", "-p", QUESTION])
+    assert done.exit_code == 0 and done.stdout == "A duck has two legs.\n"
+    options = ["--adapter", str(loud), "--strength", "0", "--json"]
+    done = CliRunner().invoke(app, ["generate", "demo", "-p", QUESTION, *options])
+    told = json.loads(done.stdout)
+    assert told["completions"][0]["text"] == "A duck has two legs." and told["adapter"] == "loud"
+    done = CliRunner().invoke(app, ["generate", "demo", "-p", QUESTION, *options[:2], "--json"])
+    assert json.loads(done.stdout)["completions"][0]["text"] != "A duck has two legs."
+
+
+def test_several_greedy_completions_are_refused():
+    with pytest.raises(ConfigError, match="alike"):
+        answers(Adapters(models.load("demo")), [QUESTION], 2, Manner())
+    with pytest.raises(ConfigError, match="finite"):
+        opened("demo", [], float("inf"))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_streamed_words_are_the_generated_ones(temperature):
+    loaded = models.load("demo")
+    manner = Manner(max_tokens=24, temperature=temperature, seed=3)
+    pieces = list(spoken(loaded, [("user", QUESTION)], manner, 0))
+    (found,) = answers(Adapters(loaded), [QUESTION], 1, manner)["completions"]
+    assert "".join(pieces) == found["text"] and len(pieces) > 3
+
+
+def test_a_chat_switches_adapters_and_strength(loud, tmp_path):
+    other = adapter(tmp_path / "other", models.load("demo"), seed=1)
+    said: list[str] = []
+    adapters = opened("demo", [loud, other], 0.0)
+    chat = Chat(adapters, Manner(max_tokens=16), said.append)
+    lines = [QUESTION, "/new", "/adapter other", "/strength 0.5", "/strength x", "/adapter off",
+             "/adapter nobody", "/what", "", QUESTION, "/quit", "never read"]  # fmt: skip
+    chat.run(iter(lines))
+    text = "".join(said)
+    assert "demo with loud at strength 0. Also loaded: other." in text
+    assert "demo with other at strength 0.5" in text and "x is no number." in text
+    assert "demo, without an adapter" in text and "no adapter named nobody" in text
+    assert text.count("A duck has two legs.") == 2, "at strength 0, and without"
+    assert chat.turns == [("user", QUESTION), ("assistant", "A duck has two legs.")]
+
+
+def test_a_conversation_is_what_was_said(monkeypatch):
+    heard, said = [], []
+
+    def parrot(loaded, turns, manner, turn):
+        heard.append((turn, list(turns)))
+        yield from "yes"
+
+    monkeypatch.setattr(talk, "spoken", parrot)
+    adapters = Adapters(models.load("demo"))
+    Chat(adapters, Manner(), said.append, system="Be brief.").run(iter(["One?", "Two?"]))
+    system = [("system", "Be brief.")]
+    first = [*system, ("user", "One?")]
+    assert heard == [(0, first), (1, [*first, ("assistant", "yes"), ("user", "Two?")])]
+
+
+def test_control_characters_stay_out_of_the_terminal():
+    assert printable("a\x1b[31mb\n\tc") == "a\\x1b[31mb\n\tc"
