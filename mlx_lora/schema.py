@@ -130,6 +130,19 @@ class Stage(Block):
         """LoRA dropout in force: none in RL, where sampler and learner must agree."""
         return 0.0 if self.is_rl else self.lora_parameters.dropout
 
+    @property
+    def order(self) -> Literal["mlx_lm", "shuffled"]:
+        """Of the rows of SFT, in force."""
+        ours = self.epochs or self.rejection_sampling
+        return self.sft.order or ("shuffled" if ours else "mlx_lm")
+
+    @property
+    def padding_limit(self) -> int | None:
+        """What `batches.pack` takes as its limit: None where only a row's own tokens count."""
+        default = not self.sft.packing and self.rejection_sampling is None
+        counts = default if self.sft.first_padding is None else self.sft.first_padding
+        return self.max_seq_length if counts else None
+
     @model_validator(mode="before")
     @classmethod
     def all_layers_in_rl(cls, raw: Any) -> Any:

@@ -10,17 +10,11 @@ from mlx_lora.errors import ConfigError
 from mlx_lora.schema import Experiment, Stage
 
 METHODS = ("sft", "grpo")
-EVERYWHERE = (
-    "report_to", "clear_cache_threshold", "train",
-    "test", "lora_parameters.type", "lora_parameters.rank_pattern",
-)  # fmt: skip
+EVERYWHERE = ("lora_parameters.type", "lora_parameters.rank_pattern")
 UNUSED = {  # keys that a method does not act on
-    "grpo": (*EVERYWHERE, "epochs"),
-    "sft": (
-        *EVERYWHERE, "grad_accumulation_steps", "hf_dataset", "prompt_feature",
-        "completion_feature", "chat_feature", "text_feature", "test_batches",
-    ),
-}  # fmt: skip
+    "grpo": (*EVERYWHERE, "train", "test", "epochs"),
+    "sft": EVERYWHERE,
+}
 SHARED = (  # what stages have in common, because the model and its adapter are one
     "model", "quantize", "fine_tune_type", "num_layers", "lora_parameters", "init",
     "resume_adapter_file", "adapter_path", "trust_remote_code", "check", "eval",

@@ -20,21 +20,27 @@ KINDS = ("lora", "dora")
 
 
 def folder_of(given: str) -> Path:
-    """mlx-lm names the file, people name the folder: both are understood."""
+    """mlx-lm names the file, people name the folder: both are understood.
+
+    One of mlx-lm's checkpoints beside the adapter, 0000100_adapters.safetensors, stays itself.
+    """
     path = Path(given)
-    return path.parent if path.suffix == ".safetensors" else path
+    return path.parent if path.name in (WEIGHTS, "adapter_model.safetensors") else path
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """Config and tensors of an adapter folder, without a model. AdapterError when it is none.
 
-    A folder that PEFT wrote is read as if mlx-lm had written it.
+    A file beside adapter_config.json may stand for its folder. A folder that PEFT
+    wrote is read as if mlx-lm had written it.
     """
     from mlx_lora.adapter import peft
 
+    named = folder.suffix == ".safetensors"
+    folder, weights = (folder.parent, folder.name) if named else (folder, WEIGHTS)
     if peft.is_peft(folder):
         return peft.read_peft(folder)
-    missing = [f for f in (CONFIG, WEIGHTS) if not (folder / f).is_file()]
+    missing = [f for f in (CONFIG, weights) if not (folder / f).is_file()]
     if missing:
         hint = "Give the folder that holds both files, for a run its `adapters` folder."
         if folder.is_dir() and (folder / "adapters" / CONFIG).is_file():
@@ -42,7 +48,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         raise AdapterError(f"{folder} is no adapter folder: no {' and no '.join(missing)}", hint)
     try:
         config = json.loads((folder / CONFIG).read_text())
-        tensors: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
+        tensors: dict[str, mx.array] = mx.load(str(folder / weights))  # type: ignore[assignment]
         mx.eval(tensors)
     except Exception as error:
         raise AdapterError(f"the adapter in {folder} does not load: {error}") from error
