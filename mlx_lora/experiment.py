@@ -26,6 +26,7 @@ from mlx_lora.sources import Sources, sources_of
 from mlx_lora.spectral.report import LoRAAnalyzer, write
 from mlx_lora.tasks import load_task
 from mlx_lora.testset import adapter_of, measured_alone
+from mlx_lora.tracking import refuse_missing
 from mlx_lora.types import Sample, Task
 
 __all__ = ["CheckFailed", "run"]
@@ -86,6 +87,8 @@ def validated(experiment: Experiment, console: Console) -> list[Task | None]:
     """The task of each loop, once every name and key of the experiment has been judged."""
     check_names(experiment)
     unsupported.refuse(experiment)
+    for e in experiment.loops:
+        refuse_missing(e)
     refuse_alone(experiment)
     if distributed.leads():
         refuse_occupied(experiment.first)

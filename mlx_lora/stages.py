@@ -15,6 +15,7 @@ from mlx_lora import curves, distributed, models, sft
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import remember_start
 from mlx_lora.adapter.schedules import scale_of, set_scale
+from mlx_lora.config import resolved
 from mlx_lora.contest import BEST, Contest
 from mlx_lora.data import Text
 from mlx_lora.guard import Guard, Unhealthy
@@ -29,6 +30,7 @@ from mlx_lora.rl.checkpoints import Snapshot
 from mlx_lora.rl.evaluate import examination
 from mlx_lora.runlog import STATUS, Clock, RunLog, State
 from mlx_lora.schema import Experiment, Stage
+from mlx_lora.tracking import tracked
 from mlx_lora.types import Task
 
 CHECKPOINTS = "checkpoints"
@@ -172,7 +174,10 @@ def train(
     )
     try:
         title = escape(f"{e.method} on {e.model}")
-        with watch(console, title, e.iters, e.steps_per_report) as watcher:
+        with (
+            watch(console, title, e.iters, e.steps_per_report) as watcher,
+            tracked(e, log.folder, resolved(e), console.print) as recorder.track,
+        ):
             recorder.watcher = watcher
             options |= {"start": start, "history": recorder.history}
             steps = loop(loaded, inputs, e, optimizer, clock, recorder, **options)

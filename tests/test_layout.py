@@ -38,6 +38,7 @@ LAYERS = [  # each may import from its own row and from those above it
         "adapter",
         "runlog",
         "progress",
+        "tracking",
         "optimizers",
     ],
     ["check", "spectral"],
@@ -55,7 +56,7 @@ LAYERS = [  # each may import from its own row and from those above it
         "lessons",
     ],
     ["experiment", "stages", "testset"],
-    ["doctor", "listing", "plan", "show", "cli", "__init__", "__main__"],
+    ["doctor", "recipes", "listing", "plan", "show", "cli", "__init__", "__main__"],
 ]
 LEVEL = {unit: level for level, row in enumerate(LAYERS) for unit in row}
 LIGHT = ["__init__", "__main__", "cli", "config", "registry", "errors"]
