@@ -6,8 +6,9 @@ in a run ends nothing, and is said once.
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def tracked(
         if name in failed:
             return None
         try:
-            return work()
+            with redirect_stdout(sys.stderr):  # stdout is the command's result
+                return work()
         except Exception as error:  # a service of others: its network, its login, its disk
             failed.add(name)
             say(f"report_to {name} stopped: {type(error).__name__}: {error}")
