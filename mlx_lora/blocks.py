@@ -197,6 +197,14 @@ class RejectionSampling(Block):
 class Sft(Block):
     max_grad_norm: Positive | None = None
     """Longer gradients are shortened to this. null: not, as in mlx-lm."""
+    order: Literal["mlx_lm", "shuffled"] | None = None
+    """Of the rows: mlx-lm's own at this seed, or every row once an epoch, shuffled anew. null:
+    mlx_lm, but shuffled with epochs and for rejection samples."""
+    first_padding: bool | None = None
+    """Whether the loss counts the padding token behind a row, as mlx-lm's does. null: true, but
+    false with packing and for rejection samples."""
+    packing: bool = False
+    """Put several texts into a row of up to max_seq_length tokens. No text sees another."""
 
 
 class Grpo(Block):

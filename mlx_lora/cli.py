@@ -283,7 +283,24 @@ def shrink(
     raise typer.Exit(0 if found["out"] else 1)
 
 
+@app.command("new")
+def new_experiment(
+    recipe: Annotated[str, typer.Argument(help="One of `mlx-lora ls configs`.")],
+    out: Annotated[Path | None, typer.Option(help="File to write [RECIPE.yaml].")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented experiment file to start from."""
+    from mlx_lora.recipes import write
+
+    path = write(recipe, out)
+    if as_json:
+        print_json({"recipe": recipe, "file": str(path)})
+    else:
+        typer.echo(f"Wrote {path}. Try: mlx-lora train {path} --dry-run")
+
+
 KINDS = (
+    "configs",
     "inits",
     "schedules",
     "tasks",
@@ -303,7 +320,7 @@ def list_tables(
     kind: Annotated[str | None, typer.Argument(help=" | ".join(KINDS))] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What there is: inits, schedules, tasks, losses, metrics, alerts; one line each."""
+    """What there is: configs, inits, schedules, tasks, losses, metrics, alerts; one line each."""
     from mlx_lora.listing import listing
     from mlx_lora.show import print_listing
 

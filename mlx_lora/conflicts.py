@@ -1,6 +1,6 @@
 """Keys that are fine one by one and do not go together: refused, or said before the run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mlx_lora.blocks import INSTEAD, QUANTIZATION, Grpo, RolloutOptions
@@ -36,6 +36,7 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         yield from rl_conflicts(method, top, blocks)
     if "rejection_sampling" in top:
         yield from sampling_conflicts(method, top)
+    yield from data_conflicts(top)
     if top.get("train") is False and top.get("test") is not True:
         yield ("train",), "train and test are both false: nothing to do"
     if top.get("fine_tune_type") == "full":
@@ -45,6 +46,34 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         for key in unfit:
             yield (key,), "does not go with fine_tune_type: full, which trains no adapter"
     yield from quantize_conflicts(blocks["quantize"])
+
+
+FEATURES = ("prompt_feature", "completion_feature", "chat_feature", "text_feature")
+
+
+def data_conflicts(top: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Keys that mlx-lm would pass over in silence, because another one decides."""
+    if top.get("hf_dataset"):
+        for key in changed(top, (*FEATURES, "data")):
+            where = "give it inside of it" if key != "data" else "give one of them"
+            yield (key,), f"is not read where there is hf_dataset: {where}"
+    options, optimizer = top.get("optimizer_config"), top.get("optimizer", "adam")
+    if isinstance(options, dict) and isinstance(optimizer, str):
+        for name, given_options in options.items():
+            if given_options and str(name).lower() != optimizer.lower():
+                yield ("optimizer_config", name), f"is not used: the optimizer is {optimizer}"
+    sft = given(top.get("sft"))
+    if sft.get("packing") is True:
+        for key in ("order", "first_padding"):
+            if sft.get(key) in ("mlx_lm", True):
+                yield ("sft", key), f"{sft[key]} does not go with packing, which mlx-lm has not"
+    if top.get("train") is False and top.get("stages"):
+        yield ("train",), "does not go with stages"
+
+
+def changed(top: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Those of the keys that are given, and not with their default."""
+    return [k for k in keys if k in top and top[k] != Stage.model_fields[k].default]
 
 
 def rl_conflicts(
@@ -89,6 +118,8 @@ def sampling_conflicts(method: str, top: Mapping[str, Any]) -> Iterator[tuple[Ke
         yield path, f"makes the data of method sft; {method} samples by itself"
     if "task" not in top:
         yield path, "needs a task, like `task: countdown` (`mlx-lora ls tasks`)"
+    for key in changed(top, FEATURES):
+        yield (key,), "is not read where there is rejection_sampling"
     for key in ("data", "hf_dataset"):
         if top.get(key) and top[key] != Stage.model_fields[key].default:
             yield (key,), "stands in place of rejection_sampling: give one of them"
@@ -143,6 +174,12 @@ def notices(experiment: Experiment) -> list[str]:
             found.append(
                 f"learning_rate {loop.learning_rate:g} is not used: lr_schedule starts at "
                 f"{schedule.arguments[0]:g}"
+            )
+        parts = loop.grad_accumulation_steps
+        if not loop.is_rl and loop.epochs is None and loop.iters % parts:
+            found.append(
+                f"iters {loop.iters} is no multiple of grad_accumulation_steps {parts}: the "
+                f"gradients of the last {loop.iters % parts} batches move nothing, as in mlx-lm"
             )
         if loop.config is not None:
             found.append("config: means nothing inside an experiment file")

@@ -104,26 +104,6 @@ def read(loaded: Loaded, rows: Sequence[tuple[int, Row]], source: str) -> list[T
     return texts
 
 
-def files_of(data: str) -> dict[str, Path]:
-    """The `train` and perhaps `valid` file of a training set: a file, or a folder with both.
-
-    ConfigError for what is not on this machine.
-    """
-    path = Path(data).expanduser()
-    if path.is_dir():
-        found = {n: path / f"{n}.jsonl" for n in ("train", "valid")}
-        found = {n: file for n, file in found.items() if file.is_file()}
-        if "train" not in found:
-            raise ConfigError(f"data: {data} holds no train.jsonl")
-        return found
-    if path.is_file():
-        return {"train": path}
-    raise ConfigError(
-        f"data: there is no file or folder {data}",
-        "Give a .jsonl file or a folder with train.jsonl; hub datasets are not fetched yet.",
-    )
-
-
 def training_texts(
     loaded: Loaded,
     rows: Sequence[tuple[int, Row]],

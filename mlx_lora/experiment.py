@@ -10,7 +10,7 @@ import mlx.core as mx
 from rich.console import Console
 from rich.markup import escape
 
-from mlx_lora import cpu, data, distributed, models, stages, unsupported
+from mlx_lora import cpu, distributed, models, stages, unsupported
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import remember_start
 from mlx_lora.config import Experiment, Stage, check_names, resolved
@@ -24,8 +24,11 @@ from mlx_lora.rl import checkpoints, es, grpo
 from mlx_lora.rl.evaluate import examination, sentence
 from mlx_lora.rl.prompts import refuse_unfit
 from mlx_lora.runlog import STATUS, Clock, RunLog, environment, plot
+from mlx_lora.sources import Sources, sources_of
 from mlx_lora.spectral.report import LoRAAnalyzer, write
 from mlx_lora.tasks import load_task
+from mlx_lora.testset import adapter_of, measured_alone
+from mlx_lora.tracking import refuse_missing
 from mlx_lora.types import Sample, Task
 
 __all__ = ["CheckFailed", "run"]
@@ -60,6 +63,8 @@ def run_in(
         log = reopened(experiment, run_dir) if again else opened(experiment, run_dir)
         clock.carry(log)
     try:
+        if not experiment.first.train:
+            return closed(measured_alone(experiment.first, clock, console), log, clock)
         prepared = prepare(experiment, log, clock, console)
         with clock.measure("data"):
             for e, task in zip(experiment.loops, tasks, strict=True):
@@ -75,6 +80,11 @@ def run_in(
         if state == "interrupted":
             console.print(f"[yellow]Stopped[/], {detail}: {escape(str(log.folder))}")
         raise
+    return closed(summary, log, clock)
+
+
+def closed(summary: dict[str, Any], log: RunLog, clock: Clock) -> dict[str, Any]:
+    """The summary, written as the last thing of a run."""
     breakdown(clock, log)
     summary |= {"run_dir": str(log.folder), "seconds": clock.report()["total"]}
     log.write_json(stages.SUMMARY, summary)
@@ -86,13 +96,14 @@ def validated(experiment: Experiment, console: Console) -> list[Task | None]:
     """The task of each loop, once every name and key of the experiment has been judged."""
     check_names(experiment)
     unsupported.refuse(experiment)
+    for e in experiment.loops:
+        refuse_missing(e)
     refuse_alone(experiment)
     if distributed.leads():
         refuse_occupied(experiment.first)
     for e in experiment.loops:
         if e.method == "sft" and not e.rejection_sampling:
-            for path in data.files_of(e.data).values():
-                data.rows_of(path)
+            refuse_patience(e, sources_of(e))
     tasks = [load_task(e.task.name, e.task.options) if e.task else None for e in experiment.loops]
     for e, task in zip(experiment.loops, tasks, strict=True):
         if task and e.method == "es":
@@ -154,8 +165,21 @@ def refuse_alone(experiment: Experiment) -> None:
         raise ConfigError(f"{what} runs on one machine; a single loop of grpo or es on several")
 
 
+def refuse_patience(e: Stage, sources: Sources) -> None:
+    """Waiting for a better validation where nothing is validated."""
+    if e.eval.patience and "valid" not in sources and not e.eval.every:
+        raise ConfigError(
+            "eval.patience counts validations, and the data has no valid.jsonl",
+            "Add one, or leave eval.patience out.",
+        )
+
+
 def refuse_occupied(e: Stage) -> None:
     """The second place for the adapter, and the adapter to start from, judged before any work."""
+    if not e.train:
+        if adapter := adapter_of(e):
+            files.read(adapter)
+        return
     if e.adapter_path and (Path(e.adapter_path) / files.CONFIG).exists():
         raise RunError(
             f"adapter_path {e.adapter_path} holds an adapter already",

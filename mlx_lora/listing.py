@@ -6,6 +6,7 @@ from mlx_lora.adapter.inits import HARMLESS, REBASING, inits
 from mlx_lora.adapter.schedules import schedules
 from mlx_lora.check.gates import gates
 from mlx_lora.errors import UnknownNameError, near
+from mlx_lora.recipes import recipes
 from mlx_lora.registry import Table, first_line
 from mlx_lora.rewards.parts import judges
 from mlx_lora.rl.advantages import advantages
@@ -28,6 +29,8 @@ def listing(kinds: Sequence[str], kind: str | None) -> dict[str, list[Entry]]:
 
 
 def entries(kind: str) -> list[Entry]:
+    if kind == "configs":
+        return [{"name": n, "about": about} for n, about in recipes().items()]
     if kind == "tasks":
         return [{"name": n, "about": about} for n, about in describe().items()]
     if kind == "inits":

@@ -1,5 +1,6 @@
 """`train --dry-run`: everything validated, a step of each stage tried, and what a run will cost."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,13 @@ from rich.console import Console
 
 from mlx_lora import models, sft
 from mlx_lora.adapter.attach import blocks
+from mlx_lora.batches import first_fit
 from mlx_lora.config import Experiment, Stage
-from mlx_lora.data import files_of, rows_of, training_texts
+from mlx_lora.data import training_texts
 from mlx_lora.errors import ModelError
 from mlx_lora.experiment import task_name, validated
 from mlx_lora.footprint import watched
+from mlx_lora.lessons import lasting, lessons_of, refuse_few
 from mlx_lora.memory import rows_of as rows_at_once
 from mlx_lora.memory import told
 from mlx_lora.models import Loaded, encode_prompt
@@ -29,7 +32,7 @@ from mlx_lora.rl.logprobs import pack
 from mlx_lora.rl.rollout import rollout
 from mlx_lora.rl.update import rule_of
 from mlx_lora.runlog import Clock
-from mlx_lora.stages import lasting
+from mlx_lora.sources import sources_of
 from mlx_lora.types import Group, Sample, Task
 
 Result = TypeVar("Result")
@@ -184,21 +187,23 @@ def cost_of_sft(loaded: Loaded, e: Stage, task: Task | None) -> dict[str, Any]:
         block = task.load("train", min(asked.problems, together), e.seed)
         _, sampled = sampling(loaded, task, block, e, asked.samples, asked.temperature)
         sampled *= asked.problems / len(block)
-        rows, source = [(0, {"prompt": s.prompt, "completion": s.gold}) for s in block], "the task"
+        pairs, source = [(0, {"prompt": s.prompt, "completion": s.gold}) for s in block], "the task"
         found = {"rollouts": asked.problems * asked.samples, "seconds_sampling": round(sampled, 1)}
         count = asked.problems * asked.keep  # at most
+        texts, _ = training_texts(loaded, pairs, source, limit=e.max_seq_length, mask_prompt=True)
+        steps = math.ceil(e.epochs * count / e.batch_size) if e.epochs else e.iters
     else:
-        sampled, path = 0.0, files_of(e.data)["train"]
-        rows, source, found = rows_of(path), str(path), {}
-        count = len(rows)
-    mask_prompt = e.mask_prompt or e.rejection_sampling is not None
-    texts, _ = training_texts(loaded, rows, source, limit=e.max_seq_length, mask_prompt=mask_prompt)
-    steps = lasting(e, count).iters
-    two = e.model_copy(update={"iters": 2, "epochs": None})  # the first one may compile
+        sampled, found = 0.0, {}
+        texts = lessons_of(loaded, sources_of(e)["train"], e).texts
+        refuse_few(texts, e)
+        count, steps = len(texts), lasting(e, texts).iters
+    kept = e.sft.model_copy(update={"order": e.order})
+    two = e.model_copy(update={"iters": 2, "epochs": None, "sft": kept})  # the first may compile
     loop = sft.train(loaded, texts, two, optimizer_of(two), Clock(), lambda step, metrics: None)
     next(loop)
     _, learnt = timed(lambda: next(loop))
-    tokens = round(sum(len(t.ids) - t.start for t in texts) / len(texts) * e.batch_size)
+    rows = first_fit(texts, e.max_seq_length) if e.sft.packing else texts
+    tokens = round(sum(len(t.ids) - t.start for t in texts) / len(rows) * e.batch_size)
     return {
         "steps": steps,
         "texts": count,

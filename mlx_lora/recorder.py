@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,6 +32,7 @@ class Recorder:
     def __init__(self, e: Stage, log: RunLog, clock: Clock) -> None:
         self.e, self.log, self.clock = e, log, clock
         self.watcher: Watcher | None = None
+        self.track: Callable[[int, Metrics], None] | None = None  # to the services of report_to
         self.history: list[Metrics] = []
         self.looks: list[Look] = []
         self.seen: set[str] = set()
@@ -57,6 +58,8 @@ class Recorder:
         self.history.append(metrics)
         with self.clock.measure("log", kind="step"):
             self.log.metric(step, metrics)
+            if self.track:
+                self.track(step, metrics)
             if step % self.e.monitor.every == 0:
                 for record in shown(step, groups):
                     self.log.append(SAMPLES, record)

@@ -33,7 +33,16 @@ from mlx_lora.yamlfile import KeyPath, Mark
 OrAll = Annotated[int, Field(ge=-1)]  # -1: all
 Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
 RL = ("grpo", "es")
+SERVICES = ("wandb", "swanlab", "trackio", "tensorboard")
 SIZES = {"": 1, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9}
+
+
+def split_services(report_to: str | None) -> list[str]:
+    """
+    >>> split_services("WandB, swanlab"), split_services(None)
+    (['wandb', 'swanlab'], [])
+    """
+    return [name.strip().lower() for name in (report_to or "").split(",") if name.strip()]
 
 
 class Stage(Block):
@@ -105,7 +114,8 @@ class Stage(Block):
     """-1: the whole test set."""
     save_every: Count = 100
     """Steps between checkpoints."""
-    report_to: Literal["wandb", "swanlab", "wandb,swanlab", "swanlab,wandb"] | None = None
+    report_to: str | None = None
+    """wandb, swanlab, trackio, tensorboard, or several: `wandb,swanlab`. They must be installed."""
     project_name: str | None = None
     clear_cache_threshold: Whole = 0
     """Bytes (or 500MB, 2GB) of MLX's cache above which it is cleared between steps. 0: never."""
@@ -129,6 +139,24 @@ class Stage(Block):
     def dropout(self) -> float:
         """LoRA dropout in force: none in RL, where sampler and learner must agree."""
         return 0.0 if self.is_rl else self.lora_parameters.dropout
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        """Those of report_to."""
+        return tuple(split_services(self.report_to))
+
+    @property
+    def order(self) -> Literal["mlx_lm", "shuffled"]:
+        """Of the rows of SFT, in force."""
+        ours = self.epochs or self.rejection_sampling
+        return self.sft.order or ("shuffled" if ours else "mlx_lm")
+
+    @property
+    def padding_limit(self) -> int | None:
+        """What `batches.pack` takes as its limit: None where only a row's own tokens count."""
+        default = not self.sft.packing and self.rejection_sampling is None
+        counts = default if self.sft.first_padding is None else self.sft.first_padding
+        return self.max_seq_length if counts else None
 
     @model_validator(mode="before")
     @classmethod
@@ -154,6 +182,14 @@ class Stage(Block):
     @classmethod
     def any_case(cls, raw: Any) -> Any:
         return raw.lower() if isinstance(raw, str) else raw
+
+    @field_validator("report_to")
+    @classmethod
+    def known_services(cls, raw: str | None) -> str | None:
+        for name in split_services(raw):
+            if name not in SERVICES:
+                raise ValueError(f"there is no service {name!r}: {', '.join(SERVICES)}")
+        return raw
 
     @field_validator("clear_cache_threshold", mode="before")
     @classmethod

@@ -1,10 +1,12 @@
 """Supervised fine-tuning: cross-entropy on texts. Also the warm start of RL. No trainer class.
 
-Left out, for now: chat rows, hub datasets, gradient accumulation, batches of one length.
+Loss, order of the rows and meaning of the keys are mlx-lm's unless the `sft` block asks for more:
+docs/sft.md. Left out on purpose: training without an adapter, several machines.
 """
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -24,20 +26,25 @@ from mlx_lora.adapter.schedules import (
     schedules,
     set_scale,
 )
-from mlx_lora.data import Text, draw
-from mlx_lora.models import Loaded, split_head
+from mlx_lora.batches import Row, batches, pack, pack_rows
+from mlx_lora.data import Text
+from mlx_lora.models import Loaded, split_head, vocabulary_size
 from mlx_lora.numerics import log_softmax
 from mlx_lora.optimizers import Metrics, Patience, copied, learning_rate, overwrite
-from mlx_lora.recompute import recomputing
+from mlx_lora.packing import apart
+from mlx_lora.recompute import recomputed, recomputing
+from mlx_lora.rl.learner import gradient_health, module_norms
 from mlx_lora.rl.learner import step as optimizer_step
+from mlx_lora.rl.logprobs import learns_outside_blocks
 from mlx_lora.rl.losses import masked_mean
+from mlx_lora.rl.vocabulary import rows_of_a_chunk, score_tokens
 from mlx_lora.runlog import Clock
 from mlx_lora.schema import Stage
 
-Packed = tuple[mx.array, mx.array, mx.array, mx.array]  # ids_BT, at_BS, targets_BS, mask_BS
-WIDTH = 32  # rows are padded to a multiple of this, so that few shapes are compiled ...
-SCORED = 8  # ... and so are the tokens of a row that count
+SUM = "accumulated"  # where the optimizer's state keeps the gradients of batches that did not move
 NO_LIMIT = float("inf")
+Norms = dict[str, float]  # of the gradient, by module
+Update = Callable[..., tuple[mx.array, mx.array, Any]]
 
 
 def train(
@@ -51,59 +58,107 @@ def train(
     valid: Sequence[Text] = (),
     start: int = 0,
     history: Sequence[Metrics] = (),
+    report_norms: Callable[[int, Norms], None] = lambda step, norms: None,
 ) -> Iterator[int]:
     """Run the steps from `start` to `iters`, one at each `next`, yielding the step just done.
 
-    `report` gets its metrics. Everything random is a function of (seed, step); the scale schedule
-    looks at the metrics of the step before. `history` holds those before `start`.
+    A step is a batch; every `grad_accumulation_steps`-th moves the weights, by the mean of their
+    gradients. `report` gets its metrics. Everything random is a function of (seed, step); the scale
+    schedule looks at the metrics of the step before. `history` holds those before `start`.
     """
     model, e = loaded.model, experiment
+    optimizer.init(model.trainable_parameters())
+    if e.grad_accumulation_steps > 1 and SUM not in optimizer.state:
+        optimizer.state[SUM] = tree_map(mx.zeros_like, model.trainable_parameters())
+    rows = itertools.islice(batches(texts, e, len(valid)), start, None)
+    return steps(model, rows, e, optimizer, clock, report, valid, start, history, report_norms)
+
+
+def steps(
+    model: nn.Module,
+    rows: Iterator[list[Row]],
+    e: Stage,
+    optimizer: optim.Optimizer,
+    clock: Clock,
+    report: Callable[[int, Metrics], None],
+    valid: Sequence[Text],
+    start: int,
+    history: Sequence[Metrics],
+    report_norms: Callable[[int, Norms], None],
+) -> Iterator[int]:
+    """What `train` returns."""
     schedule = e.scale_schedule and schedules.bind(e.scale_schedule.name, e.scale_schedule.options)
     patience, before = Patience(e, history), history[-1] if history else None
+    parts = e.grad_accumulation_steps
+    metrics: Metrics = {}
     with scale_as_array(model):
         update = compiled_update(model, optimizer, e)
+        if valid and start == 0:
+            with clock.measure("validate"):
+                metrics["valid_loss_before"] = mean_over(model, valid, e, e.val_batches)[0]
         for step in range(start, e.iters):
-            optimizer.learning_rate = learning_rate(e, step)
+            optimizer.learning_rate = learning_rate(e, step // parts)
             if schedule:
                 configured = e.lora_parameters.effective_scale
                 set_scale(model, scale_at(schedule, configured, e.iters, step, before))
+            moves = (step + 1) % parts == 0
+            looks = moves and (step + 1) // parts % e.monitor.every == 0
             with clock.measure("learn", kind="step"), in_training(model):
-                batch = pack(draw(texts, step, e.batch_size, e.seed))
+                batch = as_arrays(next(rows), e)
                 mx.random.seed(dropout_seed(e.seed, step))
-                loss, norm = update(*batch)
-                mx.eval(model.trainable_parameters(), optimizer.state, loss, norm)
-            metrics: Metrics = {
-                "loss": float(loss),
-                "grad_norm": float(norm),
-                "update_taken": float(np.isfinite(float(norm))),
-                "tokens_trained": int(float(batch[-1].sum())),
-                "learning_rate": float(optimizer.learning_rate),
-                "scale": scale_of(model),
-            }
+                loss, norm, grads = update(batch, moves, looks)
+                mx.eval(model.trainable_parameters(), optimizer.state, loss, norm, grads)
+            metrics |= {"loss": float(loss), "tokens_trained": int(float(batch[3].sum()))}
+            metrics |= {"learning_rate": float(optimizer.learning_rate), "scale": scale_of(model)}
+            if moves:
+                taken = float(np.isfinite(float(norm)))
+                metrics |= {"grad_norm": float(norm), "update_taken": taken}
+            if looks:
+                norms = module_norms(grads)
+                report_norms(step, norms)
+                metrics |= gradient_health(norms)
             if valid and ((step + 1) % e.steps_per_eval == 0 or step + 1 == e.iters):
                 with clock.measure("validate"):
-                    metrics["valid_loss"] = validate(model, valid, e)
+                    metrics["valid_loss"] = mean_over(model, valid, e, e.val_batches)[0]
             report(step, metrics)
             patience.saw(step, metrics)
-            before = metrics
+            before, metrics = metrics, {}
             yield step
 
 
-def compiled_update(
-    model: nn.Module, optimizer: optim.Optimizer, e: Stage
-) -> Callable[..., tuple[mx.array, mx.array]]:
-    """(a packed batch) -> its loss and gradient norm, after one step of the optimizer."""
+def as_arrays(rows: Sequence[Row], e: Stage) -> tuple[mx.array, ...]:
+    if e.sft.packing:
+        return pack_rows(rows)
+    return pack([text for row in rows for text in row], limit=e.padding_limit)
+
+
+def compiled_update(model: nn.Module, optimizer: optim.Optimizer, e: Stage) -> Update:
+    """(a batch, does it move, are its gradients wanted) -> loss, gradient norm, gradients.
+
+    Where a batch does not move the weights, its gradients are added to those before it.
+    """
     split_head(model)  # tried on real numbers, which tracing has none of
+    vocabulary_size(model)
     optimizer.init(model.trainable_parameters())
     state: list[Any] = [model.state, optimizer.state, mx.random.state, *remembered(model)]
-    limit = e.sft.max_grad_norm or NO_LIMIT
+    limit, parts = e.sft.max_grad_norm or NO_LIMIT, e.grad_accumulation_steps
     ratio = e.lora_parameters.lora_plus_ratio
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def update(*batch: mx.array) -> tuple[mx.array, mx.array]:
+    def update(batch: tuple[mx.array, ...], moves: bool, wanted: bool) -> tuple[mx.array, Any, Any]:
         with recomputing(blocks(model), on=e.grad_checkpoint, at_once=cpu.active()):
             loss, grads = nn.value_and_grad(model, mean_loss)(model, *batch)
-        return loss, step_if_finite(model, optimizer, grads, limit, ratio)
+        if parts > 1:
+            grads = tree_map(mx.add, grads, optimizer.state[SUM])
+        if not moves:
+            overwrite(optimizer.state[SUM], grads)
+            return loss, mx.array(0.0), {}
+        if parts > 1:
+            grads = tree_map(lambda g: g / parts, grads)
+        norm = step_if_finite(model, optimizer, grads, limit, ratio)
+        if parts > 1:
+            overwrite(optimizer.state[SUM], tree_map(mx.zeros_like, grads))
+        return loss, norm, grads if wanted else {}
 
     return update
 
@@ -138,53 +193,60 @@ def step_if_finite(
 
 
 def mean_loss(
-    model: nn.Module, ids_BT: mx.array, at_BS: mx.array, targets_BS: mx.array, mask_BS: mx.array
+    model: nn.Module,
+    ids_BT: mx.array,
+    at_BS: mx.array,
+    targets_BS: mx.array,
+    mask_BS: mx.array,
+    segments_BT: mx.array | None = None,
 ) -> mx.array:
     """Mean cross-entropy in nats over the tokens that count; only they meet the vocabulary."""
     split = split_head(model)
-    hidden_BSD = mx.take_along_axis(split.body(ids_BT), at_BS[..., None], axis=1)
-    logps_BSV = log_softmax(split.head(hidden_BSD).astype(mx.float32))
-    logps_BS = mx.take_along_axis(logps_BSV, targets_BS[..., None], axis=-1)[..., 0]
-    return -masked_mean(logps_BS, mask_BS)
+    more = {} if segments_BT is None else {"cache": apart(model, segments_BT)}
+    hidden_BSD = mx.take_along_axis(split.body(ids_BT, **more), at_BS[..., None], axis=1)
+    chunked = at_BS.size > rows_of_a_chunk(vocabulary_size(model)) and split.body is not model
+    scored = in_chunks if chunked else at_once
+    return -masked_mean(scored(model, split.head, hidden_BSD, targets_BS), mask_BS)
 
 
-def pack(texts: Sequence[Text]) -> Packed:
-    """Texts as arrays: ids [B, T], and of the S tokens that count the place before and the token.
+def at_once(model: nn.Module, head: Any, hidden_BSD: mx.array, targets_BS: mx.array) -> mx.array:
+    """Log-probabilities [B, S] of the targets, in nats."""
+    logps_BSV = log_softmax(head(hidden_BSD).astype(mx.float32))
+    return mx.take_along_axis(logps_BSV, targets_BS[..., None], axis=-1)[..., 0]
 
-    Padding is on the right, where a causal model does not look, and masked.
+
+def in_chunks(model: nn.Module, head: Any, hidden_BSD: mx.array, targets_BS: mx.array) -> mx.array:
+    """The same, with the logits of a few tokens in memory at a time."""
+    size = vocabulary_size(model)
+    hidden_ND, targets_N = hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), targets_BS.reshape(-1)
+    if cpu.active() and not learns_outside_blocks(model):
+        logps_N, _ = score_tokens(head, hidden_ND, targets_N, 1.0, size)
+        return logps_N.reshape(targets_BS.shape)
+
+    def scored(hidden_ND: mx.array, targets_N: mx.array) -> mx.array:
+        return at_once(model, head, hidden_ND, targets_N)
+
+    rows, found = rows_of_a_chunk(size), []
+    for begin in range(0, len(targets_N), rows):
+        part = slice(begin, begin + rows)
+        chunk = hidden_ND[part], targets_N[part]
+        found.append(recomputed(model, scored, *chunk, at_once=cpu.active()))
+    return mx.concatenate(found).reshape(targets_BS.shape)
+
+
+def mean_over(model: nn.Module, texts: Sequence[Text], e: Stage, batches: int) -> tuple[float, int]:
+    """Mean cross-entropy per token of the first so many batches in nats, and the tokens.
+
+    -1: of all texts.
     """
-    width = rounded_up(max(len(t.ids) - 1 for t in texts), WIDTH)
-    scored = rounded_up(max(len(t.ids) - t.start for t in texts), SCORED)
-    ids = np.zeros((len(texts), width), np.int32)
-    at, targets = (np.zeros((len(texts), scored), np.int32) for _ in range(2))
-    mask = np.zeros((len(texts), scored), np.float32)
-    for row, text in enumerate(texts):
-        count = len(text.ids) - text.start
-        ids[row, : len(text.ids) - 1] = text.ids[:-1]
-        at[row, :count] = np.arange(text.start - 1, len(text.ids) - 1)
-        targets[row, :count] = text.ids[text.start :]
-        mask[row, :count] = 1
-    return mx.array(ids), mx.array(at), mx.array(targets), mx.array(mask)
-
-
-def rounded_up(count: int, to: int) -> int:
-    """
-    >>> rounded_up(33, 32), rounded_up(32, 32)
-    (64, 32)
-    """
-    return -(-count // to) * to
-
-
-def validate(model: nn.Module, texts: Sequence[Text], e: Stage) -> float:
-    """Mean cross-entropy per token of the first `val_batches` batches, in nats."""
-    count = len(texts) if e.val_batches == -1 else e.val_batches * e.batch_size
+    count = len(texts) if batches == -1 else batches * e.batch_size
     total = tokens = 0.0
     for begin in range(0, min(count, len(texts)), e.batch_size):
-        batch = pack(texts[begin : min(begin + e.batch_size, count)])
-        counted = float(batch[-1].sum())
+        batch = pack(texts[begin : min(begin + e.batch_size, count)], limit=e.padding_limit)
+        counted = float(batch[3].sum())
         total += float(mean_loss(model, *batch)) * counted
         tokens += counted
-    return total / tokens
+    return total / max(tokens, 1.0), int(tokens)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,15 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     if "accuracy_before" in summary:
         console.print(accuracies(summary))
     if "valid_loss" in summary:
-        console.print(f"Held-out loss after training: {summary['valid_loss']:.4g} nats per token.")
+        before, after = summary.get("valid_loss_before"), summary["valid_loss"]
+        begun = "" if before is None else f"{before:.4g} before training, "
+        console.print(f"Held-out loss: {begun}{after:.4g} nats per token after it.")
+    if "test_loss" in summary:
+        loss, perplexity = summary["test_loss"], summary["test_perplexity"]
+        console.print(f"Test loss: {loss:.4g} nats per token, perplexity {perplexity:.4g}.")
+    if "check" not in summary:  # nothing was trained
+        console.print(f"{summary['seconds']:.0f} s. Also in {folder}.", markup=False)
+        return
     alerts = ", ".join(summary["alerts"]) or "none"
     modules = ", ".join(f"{name} ({n})" for name, n in summary["adapter_alerts"].items()) or "none"
     console.print(

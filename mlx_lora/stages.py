@@ -1,23 +1,26 @@
 """Stages: each from the adapter as it stands to the adapter it leaves behind, with checkpoints."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from rich.console import Console
 from rich.markup import escape
 
-from mlx_lora import curves, data, distributed, models, sft
+from mlx_lora import curves, distributed, models, sft
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import remember_start
 from mlx_lora.adapter.schedules import scale_of, set_scale
+from mlx_lora.config import resolved
 from mlx_lora.contest import BEST, Contest
 from mlx_lora.data import Text
 from mlx_lora.guard import Guard, Unhealthy, plain_texts
+from mlx_lora.lessons import lasting, lessons
+from mlx_lora.models import Loaded
 from mlx_lora.optimizers import optimizer_of
 from mlx_lora.prepare import CHECK, Prepared, check_again
 from mlx_lora.progress import watch
@@ -26,12 +29,12 @@ from mlx_lora.rl import checkpoints, es, grpo
 from mlx_lora.rl.checkpoints import Snapshot
 from mlx_lora.rl.evaluate import examination
 from mlx_lora.rl.forgetting import looking
-from mlx_lora.rl.rejection import harvest
 from mlx_lora.runlog import STATUS, Clock, RunLog, State
 from mlx_lora.schema import Experiment, Stage
+from mlx_lora.tracking import tracked
 from mlx_lora.types import Task
 
-CHECKPOINTS, REJECTION = "checkpoints", "rejection_sampling"
+CHECKPOINTS = "checkpoints"
 ADAPTERS, SUMMARY = "adapters", "summary.json"
 ACCURACY = ("accuracy", "accuracy_low", "accuracy_high", "accuracy_sampled")
 
@@ -147,14 +150,17 @@ def train(
     loaded, model = prepared.loaded, prepared.loaded.model
     optimizer, recorder = optimizer_of(e), Recorder(e, log, clock)
     found: dict[str, Any] = {}
+    made: dict[str, list[Text]] = {}
+    options: dict[str, Any] = {"report_norms": recorder.gradients}
     loop: Callable[..., Iterator[int]]
     if e.method == "sft":
         with clock.measure("data"):
-            texts, valid, found = lessons(e, prepared, task, log, clock, console)
-        e = recorder.e = lasting(e, len(texts))
-        loop, inputs, options = sft.train, texts, {"valid": valid}
+            made, found = lessons(e, prepared, task, log, clock, console)
+        e = recorder.e = lasting(e, made["train"])
+        loop, inputs = sft.train, made["train"]
+        options["valid"] = made.get("valid", ())
     elif e.method == "grpo":
-        loop, inputs, options = grpo.train, task, {"report_norms": recorder.gradients}
+        loop, inputs = grpo.train, task
     else:
         assert task is not None, "the config requires a task for RL"
         look = looking(loaded, task, e, plain_texts(prepared.probes), clock)
@@ -174,7 +180,10 @@ def train(
     )
     try:
         title = escape(f"{e.method} on {e.model}")
-        with watch(console, title, e.iters, e.steps_per_report) as watcher:
+        with (
+            watch(console, title, e.iters, e.steps_per_report) as watcher,
+            tracked(e, log.folder, resolved(e), console.print) as recorder.track,
+        ):
             recorder.watcher = watcher
             options |= {"start": start, "history": recorder.history}
             steps = loop(loaded, inputs, e, optimizer, clock, recorder, **options)
@@ -189,11 +198,21 @@ def train(
     distributed.refuse_difference("the trained adapter", model.trainable_parameters())
     with clock.measure("plot"):
         curves.draw(recorder.history, log.folder / curves.FILE)
-    measured = [h["valid_loss"] for h in recorder.history if "valid_loss" in h]
-    found |= {"valid_loss": measured[-1]} if measured else {}
+    for name in ("valid_loss_before", "valid_loss"):
+        measured = [h[name] for h in recorder.history if name in h]
+        found |= {name: measured[-1]} if measured else {}
+    if e.test:
+        with clock.measure("test"):
+            found |= tested(loaded, made["test"], e)
     if done < e.iters:
         console.print(f"Stopped after {done} steps: no better one in {e.eval.patience} evaluations")
     return {"steps": done, "alerts": sorted(recorder.seen), **found, **contest.summary()}
+
+
+def tested(loaded: Loaded, texts: Sequence[Text], e: Stage) -> dict[str, Any]:
+    """What the summary says of the test set."""
+    loss, tokens = sft.mean_over(loaded.model, texts, e, e.test_batches)
+    return {"test_loss": loss, "test_perplexity": math.exp(min(loss, 700)), "test_tokens": tokens}
 
 
 def together(start: int, model: nn.Module, optimizer: optim.Optimizer, recorder: Recorder) -> int:
@@ -252,6 +271,7 @@ def follow(
                 recorder.clock.save()
             if over:
                 break
+            let_go(e)
     except Unhealthy:
         raise  # the guard has put the last healthy step back
     except BaseException as error:
@@ -263,63 +283,11 @@ def follow(
     return last.steps_done
 
 
-def lessons(
-    e: Stage,
-    prepared: Prepared,
-    task: Task | None,
-    log: RunLog,
-    clock: Clock,
-    console: Console,
-) -> tuple[list[Text], list[Text], dict[str, Any]]:
-    """What SFT learns from and validates on, and how it came about where the model made it."""
-    found: dict[str, Any] = {}
-    if e.rejection_sampling:
-        assert task is not None, "the config requires a task for rejection sampling"
-        found[REJECTION] = sampled(e, prepared, task, log, clock, console)
-        sources = {"train": log.folder / f"{REJECTION}.jsonl"}
-    else:
-        sources = data.files_of(e.data)
-    mask_prompt = e.mask_prompt or e.rejection_sampling is not None
-    texts: dict[str, list[Text]] = {}
-    for name, path in sources.items():
-        texts[name], cut = data.training_texts(
-            prepared.loaded,
-            data.rows_of(path),
-            str(path),
-            limit=e.max_seq_length,
-            mask_prompt=mask_prompt,
-        )
-        if cut:
-            console.print(
-                f"[yellow]Note:[/] {cut} of {len(texts[name])} rows of {escape(str(path))} are "
-                f"longer than {e.max_seq_length} tokens and were cut."
-            )
-    return texts["train"], texts.get("valid", []), found
+def let_go(e: Stage) -> None:
+    """Clear MLX's cache of free memory where it is above the threshold: at 0 always, as mlx-lm.
 
-
-def sampled(
-    e: Stage, prepared: Prepared, task: Task, log: RunLog, clock: Clock, console: Console
-) -> dict[str, int]:
-    """Rejection samples in the log's folder, made now unless they are there. Returns the counts."""
-    about = log.folder / f"{REJECTION}.json"
-    if not about.exists():
-        assert e.rejection_sampling is not None
-        total = e.rejection_sampling.problems
-        with clock.measure("sample"), watch(console, "rejection sampling", total) as watcher:
-            made = harvest(prepared.loaded, task, e, lambda done: watcher.update(done - 1, {}))
-        lines = (json.dumps(row, allow_nan=False) for row in made.rows)
-        log.write_text(f"{REJECTION}.jsonl", "".join(f"{line}\n" for line in lines))
-        log.write_json(about.name, made.counts())
-    counts: dict[str, int] = models.read_json(about)
-    console.print(
-        f"Kept {counts['kept']:,} of {counts['sampled']:,} completions: {counts['correct']:,} were "
-        f"correct, {counts['distinct']:,} of these distinct"
-    )
-    return counts
-
-
-def lasting(e: Stage, texts: int) -> Stage:
-    """The stage with its length in steps, where it was given in epochs."""
-    if e.epochs is None:
-        return e
-    return e.model_copy(update={"iters": math.ceil(e.epochs * texts / e.batch_size)})
+    RL decodes with buffers that come again, and keeps them unless told otherwise.
+    """
+    threshold = e.clear_cache_threshold
+    if (threshold or not e.is_rl) and mx.get_cache_memory() > threshold:
+        mx.clear_cache()

@@ -10,20 +10,15 @@ from mlx_lora.errors import ConfigError
 from mlx_lora.schema import Experiment, Stage
 
 METHODS = ("sft", "grpo", "es")
-EVERYWHERE = (
-    "report_to", "clear_cache_threshold", "train",
-    "test", "lora_parameters.type", "lora_parameters.rank_pattern",
-)  # fmt: skip
+EVERYWHERE = ("lora_parameters.type", "lora_parameters.rank_pattern")
 UNUSED = {  # keys that a method does not act on
-    "grpo": (*EVERYWHERE, "epochs"),
+    "grpo": (*EVERYWHERE, "train", "test", "epochs"),
     "es": (
-        *EVERYWHERE, "epochs", "batch_size", "learning_rate", "lr_schedule", "scale_schedule",
-        "grad_accumulation_steps", "grad_checkpoint", "lora_parameters.lora_plus_ratio",
+        *EVERYWHERE, "train", "test", "epochs", "batch_size", "learning_rate", "lr_schedule",
+        "scale_schedule", "grad_accumulation_steps", "grad_checkpoint",
+        "lora_parameters.lora_plus_ratio",
     ),
-    "sft": (
-        *EVERYWHERE, "grad_accumulation_steps", "hf_dataset", "prompt_feature",
-        "completion_feature", "chat_feature", "text_feature", "test_batches",
-    ),
+    "sft": EVERYWHERE,
 }  # fmt: skip
 SHARED = (  # what stages have in common, because the model and its adapter are one
     "model", "quantize", "fine_tune_type", "num_layers", "lora_parameters", "init",

@@ -33,6 +33,7 @@ from mlx_lora.rl.learner import Fixed, apply, gradients, policy_logps
 from mlx_lora.rl.logprobs import reference_logps
 from mlx_lora.rl.rollout import rewards
 from mlx_lora.rl.update import lessons, rule_of, update
+from mlx_lora.runlog import Clock
 from mlx_lora.tasks import load_task
 
 FUNCTIONS = 12
@@ -49,7 +50,7 @@ def main() -> None:
     model, optimizer, rule = loaded.model, optimizer_of(e), rule_of(e)
     samples = problems(task, setting.PROBLEMS, e.seed)
     prompts = [s.prompt for s in samples[: o["prompts"]]]
-    _, groups = sample(loaded, task, samples, e, 0)
+    _, groups = sample(loaded, task, samples, e, 0, Clock())
     packed, _ = lessons(groups, rewards(groups), e)
     assert packed is not None
     ref_BT = reference_logps(model, packed, rule.temperature)
@@ -59,7 +60,7 @@ def main() -> None:
         return lambda: generate(loaded, prompts, **options)
 
     def whole() -> None:
-        _, groups = sample(loaded, task, samples, e, 0)
+        _, groups = sample(loaded, task, samples, e, 0, Clock())
         describe(groups, rewards(groups))
         packed, _ = lessons(groups, rewards(groups), e)
         assert packed is not None

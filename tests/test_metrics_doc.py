@@ -126,7 +126,7 @@ rollout: {max_tokens: 8}
 eval: {n: 8}
 monitor: {every: 1}
 stages:
-- {method: sft, iters: 1, data: ROWS}
+- {method: sft, iters: 1, data: ROWS, test: true}
 - {method: sft, iters: 1, rejection_sampling: {problems: 8, samples: 4}}
 - method: grpo
   iters: 1
@@ -138,8 +138,8 @@ stages:
 def stages(tmp_path_factory) -> config.Experiment:
     """Three of them: on rows, on rejection samples, and GRPO."""
     rows = tmp_path_factory.mktemp("rows")
-    for name in ("train", "valid"):
-        (rows / f"{name}.jsonl").write_text('{"text": "A duck has two legs."}\n')
+    for name in ("train", "valid", "test"):
+        (rows / f"{name}.jsonl").write_text(2 * '{"text": "A duck has two legs."}\n')
     return config.from_text(STAGES.replace("ROWS", str(rows)))
 
 
@@ -172,7 +172,10 @@ def test_a_file_holds_the_documented_keys(run, staged, name):
     found = set().union(*(emitted(document) for file in files for document in read(file)))
     if name == "summary.json":
         found = {key for key in found if not key.startswith("stages[].")} | {"stages"}
-        found |= {"rejection_sampling", "valid_loss"}  # of a single stage: as in `stages`
+        (one,) = [entry for entry in read(staged / name)[0]["stages"] if "test_loss" in entry]
+        # of a single stage: as in `stages`; of a test alone
+        found |= {k for k in one if "_loss" in k or k.startswith("test_")}
+        found |= {"rejection_sampling", "adapter"}
     assert found == documented(name)
 
 

@@ -219,7 +219,7 @@ def test_recomputed_blocks_drop_out_the_same_entries(at_once):
     """In SFT; the stream of random numbers goes on as it would have."""
     model = tiny(bits=4)
     attach(model, init="gaussian", dropout=0.3)
-    models.split_head(model)  # tries it, and draws
+    models.split_head(model), models.vocabulary_size(model)  # both try it, and draw
     batch = sft.pack([Text((5, 17, 3, 44, 60, 2), 1), Text((8, 1, 90), 2)])
 
     def run(on):

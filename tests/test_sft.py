@@ -1,6 +1,5 @@
 """SFT: the loss is mlx-lm's, only what should count counts, and bad steps change nothing."""
 
-import json
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,12 +13,12 @@ from mlx_lora import cpu, data, models, sft
 from mlx_lora.adapter.attach import attach
 from mlx_lora.data import Text
 from mlx_lora.errors import ConfigError
+from mlx_lora.lessons import lasting
 from mlx_lora.models import Loaded
 from mlx_lora.optimizers import Diverged, learning_rate, optimizer_of
 from mlx_lora.rl.checkpoints import Snapshot
 from mlx_lora.runlog import Clock
 from mlx_lora.schema import Stage
-from mlx_lora.stages import lasting
 from tests.tiny import tiny
 
 TEXTS = [
@@ -86,7 +85,7 @@ def test_padding_changes_neither_loss_nor_gradient():
 def test_rows_are_packed_by_what_counts():
     ids, at, targets, mask = sft.pack([Text((5, 6, 7, 8), 2), Text((1, 2), 1)])
     assert ids.shape == (2, 32) and at.shape == (2, 8)
-    assert ids[0, :4].tolist() == [5, 6, 7, 0], "the last token is only predicted"
+    assert ids[0, :5].tolist() == [5, 6, 7, 8, 0]
     assert at[0, :2].tolist() == [1, 2] and targets[0, :2].tolist() == [7, 8]
     assert mask.tolist() == [[1, 1, *[0] * 6], [1, *[0] * 7]]
 
@@ -98,9 +97,9 @@ def test_it_learns_and_validates_when_asked():
     losses = [m["loss"] for m in seen]
     assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
     assert [s for s, m in enumerate(seen) if "valid_loss" in m] == [14, 19]
-    expected = sft.mean_loss(loaded.model, *sft.pack(TEXTS[:3])).item()
+    expected = sft.mean_loss(loaded.model, *sft.pack(TEXTS[:3], limit=2048)).item()
     assert seen[-1]["valid_loss"] == pytest.approx(expected, rel=1e-4)
-    assert seen[-1]["valid_loss"] == pytest.approx(sft.validate(loaded.model, TEXTS[:3], e))
+    assert seen[-1]["valid_loss"] == pytest.approx(sft.mean_over(loaded.model, TEXTS[:3], e, -1)[0])
     assert all(m["scale"] == 2.0 and m["update_taken"] == 1.0 for m in seen)
     assert not loaded.model.training
 
@@ -122,12 +121,14 @@ def test_dropout_is_on_in_training_only():
     e = stage(iters=1, lora_parameters={"dropout": 0.5})
     without = run(attached(), e)[0]["loss"]
     loaded = attached(dropout=0.5)
-    assert sft.validate(loaded.model, TEXTS, e) == sft.validate(loaded.model, TEXTS, e)
+    assert (
+        sft.mean_over(loaded.model, TEXTS, e, -1)[0] == sft.mean_over(loaded.model, TEXTS, e, -1)[0]
+    )
     looks = []
     (metrics,) = run(loaded, e, valid=TEXTS, look=lambda: looks.append(loaded.model.training))
     assert looks == [False]
     assert metrics["loss"] != without
-    assert metrics["valid_loss"] == sft.validate(loaded.model, TEXTS, e)
+    assert metrics["valid_loss"] == sft.mean_over(loaded.model, TEXTS, e, -1)[0]
 
 
 def test_a_non_finite_gradient_leaves_all_as_it_was_and_three_stop_the_run(monkeypatch):
@@ -146,7 +147,7 @@ def test_a_non_finite_gradient_leaves_all_as_it_was_and_three_stop_the_run(monke
 
 
 def test_a_state_can_be_put_back_again_and_again():
-    loaded, e = attached(), stage(iters=9)
+    loaded, e = attached(), stage(iters=9, batch_size=1)
     optimizer = optimizer_of(e)
     loop = sft.train(loaded, TEXTS[:1], e, optimizer, Clock(), lambda step, metrics: None)
     begun = Snapshot.take(0, loaded.model, optimizer)
@@ -194,8 +195,8 @@ def test_the_rate_is_constant_unless_scheduled():
 
 
 def test_epochs_are_steps():
-    assert lasting(stage(), 5).iters == 4
-    assert lasting(Stage(method="sft", epochs=2.0, batch_size=4), 9).iters == 5
+    assert lasting(stage(), TEXTS).iters == 4
+    assert lasting(Stage(method="sft", epochs=2.0, batch_size=4), [*TEXTS, *TEXTS[1:]]).iters == 5
 
 
 DEMO = models.load("demo")
@@ -228,18 +229,6 @@ def test_rows_with_nothing_to_learn_are_named():
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("rows:1: its prompt alone fills 6 tokens")
     assert lines[1].startswith("rows:2: mask_prompt") and lines[2].startswith("rows:7: needs")
-
-
-def test_data_is_a_file_or_a_folder_with_train(tmp_path):
-    with pytest.raises(ConfigError, match="no file or folder") as caught:
-        data.files_of("mlx-community/WikiSQL")
-    assert "hub" in caught.value.hint
-    with pytest.raises(ConfigError, match=r"no train\.jsonl"):
-        data.files_of(str(tmp_path))
-    for name in ("train", "valid"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROWS[1][1]) + "\n")
-    assert data.files_of(str(tmp_path)).keys() == {"train", "valid"}
-    assert data.files_of(str(tmp_path / "train.jsonl")).keys() == {"train"}
 
 
 def test_a_batch_is_drawn_from_step_and_seed():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from mlx_lora import config, curves, experiment, models, sft, stages
+from mlx_lora import config, curves, experiment, lessons, models, sft, stages
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import lora_layers
 from mlx_lora.check import gate
@@ -140,7 +140,7 @@ def cut(*args, **options):
 
 
 PLACES = {
-    "while sampling": (stages, "harvest", cut),
+    "while sampling": (lessons, "harvest", cut),
     "inside the first stage": (sft, "train", after(3, sft.train)),
     "before its first checkpoint": (sft, "train", after(1, sft.train)),
     "between the stages": (stages, "check_again", cut),
@@ -179,7 +179,7 @@ def test_finished_stages_are_not_run_again(whole, quick, tmp_path, monkeypatch):
     status.write_text(status.read_text().replace("finished", "running"))  # killed at the very end
     for module in (sft, grpo):
         monkeypatch.setattr(module, "train", cut)
-    monkeypatch.setattr(stages, "harvest", cut)
+    monkeypatch.setattr(lessons, "harvest", cut)
     assert run(tmp_path / "run", resume=True)["stages"] == summary["stages"]
 
 
@@ -234,7 +234,7 @@ def test_what_stages_cannot_do_together_is_refused_at_once(tmp_path):
         ("stages: []\nmethod: es", "method es is not available"),
         ("stages: []\nfine_tune_type: full", "fine_tune_type full"),
         ("stages: []\ndata: nowhere", "no file or folder nowhere"),
-        ("stages: []\ntext_feature: body", "text_feature"),
+        ("stages: []\nlora_parameters: {type: spline}", "lora_parameters.type"),
     ],
 )
 def test_refused_before_any_work(change, part, tmp_path):

@@ -20,31 +20,37 @@ KINDS = ("lora", "dora")
 
 
 def folder_of(given: str) -> Path:
-    """mlx-lm names the file, people name the folder: both are understood."""
+    """mlx-lm names the file, people name the folder: both are understood.
+
+    One of mlx-lm's checkpoints beside the adapter, 0000100_adapters.safetensors, stays itself.
+    """
     path = Path(given)
-    return path.parent if path.suffix == ".safetensors" else path
+    return path.parent if path.name in (WEIGHTS, "adapter_model.safetensors") else path
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """Config and tensors of an adapter folder, without a model. AdapterError when it is none.
 
-    A folder that PEFT wrote is read as if mlx-lm had written it.
+    A file beside adapter_config.json may stand for its folder. A folder that PEFT
+    wrote is read as if mlx-lm had written it.
     """
     from mlx_lora.adapter import peft
 
+    named = folder.suffix == ".safetensors"
+    folder, weights = (folder.parent, folder.name) if named else (folder, WEIGHTS)
     if peft.is_peft(folder):
         return peft.read_peft(folder)
-    refuse_missing(folder)
+    refuse_missing(folder, weights)
     try:
-        tensors: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
+        tensors: dict[str, mx.array] = mx.load(str(folder / weights))  # type: ignore[assignment]
         mx.eval(tensors)
     except Exception as error:
         raise AdapterError(f"the adapter in {folder} does not load: {error}") from error
-    return described(folder), tensors
+    return described(folder, weights), tensors
 
 
-def refuse_missing(folder: Path) -> None:
-    missing = [f for f in (CONFIG, WEIGHTS) if not (folder / f).is_file()]
+def refuse_missing(folder: Path, weights: str = WEIGHTS) -> None:
+    missing = [f for f in (CONFIG, weights) if not (folder / f).is_file()]
     if missing:
         hint = "Give the folder that holds both files, for a run its `adapters` folder."
         if folder.is_dir() and (folder / "adapters" / CONFIG).is_file():
@@ -52,9 +58,9 @@ def refuse_missing(folder: Path) -> None:
         raise AdapterError(f"{folder} is no adapter folder: no {' and no '.join(missing)}", hint)
 
 
-def described(folder: Path) -> dict[str, Any]:
+def described(folder: Path, weights: str = WEIGHTS) -> dict[str, Any]:
     """The config of an adapter folder; AdapterError says what it lacks."""
-    refuse_missing(folder)
+    refuse_missing(folder, weights)
     try:
         config = json.loads((folder / CONFIG).read_text())
     except Exception as error:

@@ -1,1 +1,1 @@
-"""What was trained goes out: cut to size, in other formats, merged, fused, talked to; each proven."""
+"""What was trained goes out: cut to size, in other formats, merged, fused, talked to."""
