@@ -7,7 +7,7 @@ or in what it is called with, goes the way of its own class.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -28,15 +28,23 @@ SIZES = ("n_heads", "n_kv_heads", "scale")
 CACHES = (KVCache, BatchKVCache)
 
 
+Beside = Callable[[np.ndarray, slice], np.ndarray]
+
+
 @dataclass(frozen=True)
 class Product:
-    """A linear layer: weight [O, I], bias [O], and what an adapter adds, scale · (x a) b."""
+    """A linear layer: weight [O, I], bias [O], and what an adapter adds, scale · (x a) b.
+
+    `beside` adds more that is each row's own, from what goes in [N, I] and which rows of the batch
+    that is; no gradient flows through it.
+    """
 
     weight_OI: np.ndarray
     bias_O: np.ndarray | None
     a_IR: mx.array | None = None
     b_RO: mx.array | None = None
     scale: float = 0.0
+    beside: Beside | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,9 @@ def parts_of(block: Any) -> Parts | None:
 def product_of(layer: Any) -> Product | None:
     """A linear layer's numbers, the merged ones where an adapter is merged in."""
     inner = getattr(layer, "linear", layer)
-    if type(layer) not in fast_kinds() or type(inner) not in fast_kinds() or drops_some(layer):
+    beside: Beside | None = getattr(layer, "beside", None)
+    kind = type(layer) if beside is None else type(layer).__base__
+    if kind not in fast_kinds() or type(inner) not in fast_kinds() or drops_some(layer):
         return None
     merged = layer.__dict__.get("_merged")
     weight_OI = merged if merged is not None else base_weight(inner)
@@ -104,7 +114,9 @@ def product_of(layer: Any) -> Product | None:
         return None
     bias_O = view(inner.bias) if "bias" in inner else None
     if inner is layer or merged is not None:
-        return Product(view(weight_OI), bias_O)
+        return Product(view(weight_OI), bias_O, beside=beside)
+    if beside is not None:  # it stands beside what is merged
+        return None
     a_IR, b_RO, scale = layer.lora_a, layer.lora_b, float(np.array(layer.scale))
     if not a_IR.dtype == b_RO.dtype == mx.float32:
         return None

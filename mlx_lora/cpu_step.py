@@ -3,8 +3,10 @@
 q, k and v are one product, gate and up another, and the cache is written in place.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +15,7 @@ import numpy as np
 from mlx_lm.models.cache import BatchKVCache
 
 from mlx_lora.cpu_attention import as_added
-from mlx_lora.cpu_block import Parts, Product, normed
+from mlx_lora.cpu_block import Beside, Parts, Product, normed
 from mlx_lora.cpu_layers import SILENT, rows, sigmoid, view
 from mlx_lora.cpu_threads import slices, spread
 
@@ -21,12 +23,23 @@ LEAST = 16  # rows that are worth a thread
 
 
 @dataclass(frozen=True)
+class Several:
+    """Products of one input, as one."""
+
+    weight_OI: np.ndarray
+    bias_O: np.ndarray | None
+    besides: Sequence[tuple[slice, Beside]]  # what is added to which outputs
+
+
+@dataclass(frozen=True)
 class Stacked:
     """A block's numbers with products of one input as one."""
 
     parts: Parts
-    qkv: Product
-    gate_up: Product
+    qkv: Several
+    o: Several
+    gate_up: Several
+    down: Several
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,9 @@ rooms: "WeakKeyDictionary[Any, Room]" = WeakKeyDictionary()
 
 
 def stacked(parts: Parts) -> Stacked:
-    return Stacked(parts, joined(parts.attention[:3]), joined(parts.mlp[:2]))
+    q, k, v, o = parts.attention
+    gate, up, down = parts.mlp
+    return Stacked(parts, joined(q, k, v), joined(o), joined(gate, up), joined(down))
 
 
 def bytes_of(parts: Parts) -> int:
@@ -51,15 +66,19 @@ def bytes_of(parts: Parts) -> int:
     return sum(p.weight_OI.nbytes for p in (*parts.attention[:3], *parts.mlp[:2]))
 
 
-def joined(products: tuple[Product, ...]) -> Product:
-    weight_OI = np.concatenate([p.weight_OI for p in products])
-    if all(p.bias_O is None for p in products):
-        return Product(weight_OI, None)
-    zeros = (np.zeros(len(p.weight_OI), np.float32) for p in products)
-    pairs = zip(products, zeros, strict=True)
-    return Product(
-        weight_OI, np.concatenate([z if p.bias_O is None else p.bias_O for p, z in pairs])
-    )
+def joined(*products: Product) -> Several:
+    edges = list(accumulate((len(p.weight_OI) for p in products), initial=0))
+    outputs = [slice(start, stop) for start, stop in pairwise(edges)]
+    pairs = zip(outputs, (p.beside for p in products), strict=True)
+    besides = [(where, beside) for where, beside in pairs if beside is not None]
+    if len(products) == 1:
+        return Several(products[0].weight_OI, products[0].bias_O, besides)
+    weight_OI, bias_O = np.concatenate([p.weight_OI for p in products]), None
+    if any(p.bias_O is not None for p in products):
+        bias_O = np.zeros(len(weight_OI), np.float32)
+        for where, p in zip(outputs, products, strict=True):
+            bias_O[where] += 0 if p.bias_O is None else p.bias_O
+    return Several(weight_OI, bias_O, besides)
 
 
 def suits(mask: Any, layer_cache: Any) -> bool:
@@ -80,7 +99,7 @@ def step(s: Stacked, x_B1D: mx.array, mask: mx.array | None, layer_cache: Any) -
     def part(rows: slice) -> None:
         mine = added[rows] if added is not None and len(added) > 1 else added
         kept = room.keys_BGSC[rows, :, : here + 1], room.values_BGSC[rows, :, : here + 1]
-        y_BD[rows] = rows_of_a_step(s, x_BD[rows], places_B[rows].tobytes(), mine, kept)
+        y_BD[rows] = some_rows(s, x_BD[rows], places_B[rows].tobytes(), mine, kept, rows)
 
     spread(part, slices(len(x_BD), LEAST))
     advance(layer_cache)
@@ -88,17 +107,18 @@ def step(s: Stacked, x_B1D: mx.array, mask: mx.array | None, layer_cache: Any) -
 
 
 @SILENT
-def rows_of_a_step(
+def some_rows(
     s: Stacked,
     x_BD: np.ndarray,
     places: bytes,
     added: np.ndarray | None,
     kept: tuple[np.ndarray, np.ndarray],
+    rows: slice,
 ) -> np.ndarray:
     """Some rows of a step; their keys and values [B, G, S, C] get what is last in them."""
     parts, (keys_BGSC, values_BGSC) = s.parts, kept
     first, second = parts.norms
-    q_BGRC, k_BGC, v_BGC = heads_of(parts, times(normed(x_BD, first), s.qkv))
+    q_BGRC, k_BGC, v_BGC = heads_of(parts, several(normed(x_BD, first), s.qkv, rows))
     q_BGRC, k_BGC = (turned(x, parts.turns, places) for x in (q_BGRC, k_BGC))
     keys_BGSC[:, :, -1], values_BGSC[:, :, -1] = k_BGC, v_BGC
     p_BGRS = q_BGRC @ keys_BGSC.swapaxes(-1, -2)
@@ -108,19 +128,21 @@ def rows_of_a_step(
     p_BGRS -= p_BGRS.max(axis=-1, keepdims=True)
     np.exp(p_BGRS, out=p_BGRS)
     p_BGRS /= p_BGRS.sum(axis=-1, keepdims=True)
-    x_BD = x_BD + times((p_BGRS @ values_BGSC).reshape(len(x_BD), -1), parts.attention[3])
-    y_BF = times(normed(x_BD, second), s.gate_up)
+    x_BD = x_BD + several((p_BGRS @ values_BGSC).reshape(len(x_BD), -1), s.o, rows)
+    y_BF = several(normed(x_BD, second), s.gate_up, rows)
     middle = len(parts.mlp[0].weight_OI)
     gate_BF, up_BF = y_BF[:, :middle], y_BF[:, middle:]
     up_BF *= gate_BF * sigmoid(gate_BF)
-    x_BD += times(up_BF, parts.mlp[2])
+    x_BD += several(up_BF, s.down, rows)
     return x_BD
 
 
-def times(x_BI: np.ndarray, product: Product) -> np.ndarray:
-    y_BO = x_BI @ product.weight_OI.T
-    if product.bias_O is not None:
-        y_BO += product.bias_O
+def several(x_BI: np.ndarray, products: Several, rows: slice) -> np.ndarray:
+    y_BO = x_BI @ products.weight_OI.T
+    if products.bias_O is not None:
+        y_BO += products.bias_O
+    for where, beside in products.besides:
+        y_BO[:, where] += beside(x_BI, rows)
     return y_BO
 
 

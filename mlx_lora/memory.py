@@ -21,15 +21,19 @@ from mlx_lora import cpu
 from mlx_lora.adapter.attach import blocks, expand_keys, to_lora_layers
 from mlx_lora.blocks import Quantize
 from mlx_lora.caches import GROWTH
+from mlx_lora.cpu_block import STACKED_BYTES
 from mlx_lora.cpu_layers import MERGED_BYTES, merged_bytes
 from mlx_lora.errors import ModelError
-from mlx_lora.models import DEMO, DEMO_QUANTIZATION, new_cache
+from mlx_lora.models import DEMO, DEMO_QUANTIZATION, in_dims, new_cache
 from mlx_lora.optimizers import optimizer_of
 from mlx_lora.rl.vocabulary import CHUNK_BYTES
 from mlx_lora.schema import Stage
 
 SHARE = 0.75  # of the machine's memory that a run may take; the rest is others'
 ROOM = 256  # tokens that mlx-lm's own caches make room for at once
+STACKED = (  # what the CPU's fast path puts side by side while rows decode
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj",
+)  # fmt: skip
 PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 NAMES = {  # of sizes in config.json, by architecture
     "hidden": ("hidden_size", "n_embd", "d_model", "dim", "model_dim"),
@@ -56,21 +60,12 @@ class Weights:
 
 
 FITTED = {
-    "openblas": Weights(
-        held=(10.5, 21.0, 14.2, 0, 3.7),
-        outside=34.2,
-        scoring=1.0,
-        again=(7.9, 15.5, 8.4, 0, 18.8),
-        kept=12.0,
-        scoring_again=2.0,
-        decoding=(1.0, 0.18, 0.43, 2.73, 0),
-    ),
     "numpy": Weights(
-        held=(9.7, 5.1, 4.7, 0, 5.6),
-        outside=12.0,
-        scoring=1.5,
-        again=(0, 4.9, 0, 0, 23.8),
-        kept=9.5,
+        held=(0, 3.7, 4.2, 0.4, 3.2),
+        outside=18.9,
+        scoring=3.7,
+        again=(0, 4.9, 4.8, 0, 19.9),
+        kept=8.6,
         scoring_again=2.0,
         decoding=(0.93, 0.22, 0.67, 2.72, 0),
     ),
@@ -88,7 +83,7 @@ FITTED = {
 
 def fitted() -> Weights:
     """Those of the path in use."""
-    return FITTED.get(cpu.mode(), FITTED["plain"])
+    return FITTED["numpy" if cpu.fast() else "plain"]
 
 
 def weighed(weights: Sequence[float], parts: Sequence[float]) -> float:
@@ -306,9 +301,18 @@ def sizes_of(config: Mapping[str, Any], model: nn.Module) -> Sizes:
 
 
 def merged_copies(model: nn.Module) -> int:
-    """Bytes of the adapted matrices that the CPU's fast path merges while rows decode."""
+    """Bytes of matrices that the CPU's fast path merges and stacks while rows decode."""
     found = merged_bytes([m for m in model.modules() if isinstance(m, LoRALinear)])
-    return found if found <= MERGED_BYTES else 0
+    parts = [m for block in blocks(model) for name in STACKED for m in linear_at(block, name)]
+    stacked = sum(4 * in_dims(m) * m.weight.shape[0] for m in parts)
+    return (found if found <= MERGED_BYTES else 0) + (stacked if stacked <= STACKED_BYTES else 0)
+
+
+def linear_at(block: Any, path: str) -> list[Any]:
+    """The frozen linear layer at `path` in a block, if it has one."""
+    part, name = path.split(".")
+    layer = block[part][name] if part in block and name in block[part] else None
+    return [getattr(layer, "linear", layer)] if layer is not None else []
 
 
 def decoding_arrays(sizes: Sizes, kept: Cache, e: Stage, prompt: int) -> tuple[float, ...]:
