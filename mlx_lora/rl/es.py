@@ -25,7 +25,7 @@ from mlx_lora.models import Loaded
 from mlx_lora.optimizers import Metrics
 from mlx_lora.rl.describe import describe
 from mlx_lora.rl.fitness import fitnesses, measured
-from mlx_lora.rl.rollout import rewards, sampled
+from mlx_lora.rl.rollout import plain, restored, rewards, sampled
 from mlx_lora.runlog import Clock
 from mlx_lora.schema import Stage
 from mlx_lora.types import Group, Sample, Task
