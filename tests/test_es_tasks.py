@@ -1,22 +1,32 @@
 """Tasks of evolution strategies: the paper's rewards, problems from a file, and who solves what."""
 
 import json
+import math
 import re
 from itertools import chain
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_lora.adapter.attach import attach, switched_off
 from mlx_lora.data import cycled
 from mlx_lora.errors import ConfigError, TaskError
+from mlx_lora.models import Loaded
+from mlx_lora.numerics import log_softmax
 from mlx_lora.rewards.paper import answer_score, format_score, last_block, paper
+from mlx_lora.rl import drift
+from mlx_lora.rl.evaluate import evaluate
+from mlx_lora.rl.rollout import rollout
 from mlx_lora.tasks import conciseness, load_task, score
-from mlx_lora.types import Reward, Sample
+from mlx_lora.types import Group, Reward, Sample
+from tests.tiny import tiny_loaded
 
 # Exact-coverage cycling
 
-sizes = st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
+sizes = st.integers(1, 20).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
 
 
 @given(sizes, st.integers(0, 5))
@@ -246,3 +256,54 @@ def test_your_own_questions_and_what_is_refused():
     assert "neither may be empty" in str(caught.value) and "'b' is in train" in str(caught.value)
     with pytest.raises(ConfigError, match="train"):
         load_task("conciseness", {"train": {}})
+
+
+# KL to the base on the model's own samples
+
+
+def moved(size: float) -> Loaded:
+    loaded = tiny_loaded()
+    attach(loaded, rank=2, scale=2.0, init="gaussian", init_options={"std": size})
+    return loaded
+
+
+def by_hand(loaded: Loaded, groups: list[Group]) -> float:
+    """k3 token by token, from whole forward passes of single rows."""
+    found: list[float] = []
+    for row in (r for g in groups for r in g.rollouts):
+        ids = mx.array([[*row.prompt_ids, *row.ids]])
+        at = slice(len(row.prompt_ids) - 1, -1)
+        with switched_off(loaded.model):
+            base = np.array(log_softmax(loaded.model(ids).astype(mx.float32))[0, at])
+        own = np.array(log_softmax(loaded.model(ids).astype(mx.float32))[0, at])
+        for place, token in enumerate(row.ids):
+            gap = float(base[place, token] - own[place, token])
+            found.append(math.exp(gap) - 1 - gap)
+    return float(np.mean(found))
+
+
+def test_the_kl_to_the_base_is_that_of_the_models_own_tokens(monkeypatch):
+    monkeypatch.setattr(drift, "ROWS", 3)
+    loaded, task = moved(0.2), load_task("conciseness")
+    groups = rollout(
+        loaded,
+        task,
+        task.load("test", 2, 0),
+        group=4,
+        seed=0,
+        step=0,
+        max_tokens=9,
+        temperature=1.0,
+    )
+    found = drift.kl_to_base(loaded.model, groups)
+    assert found > 0.001 and found == pytest.approx(by_hand(loaded, groups), rel=1e-3)
+    with switched_off(loaded.model):
+        assert drift.kl_to_base(loaded.model, groups) == 0
+    assert drift.kl_to_base(tiny_loaded().model, groups) == 0, "a model without an adapter"
+
+
+def test_an_evaluation_of_conciseness_samples_twenty_and_reports_the_kl():
+    found = evaluate(moved(0.2), load_task("conciseness"), n=2, max_tokens=4)
+    assert found["kl_to_base"] > 0 and list(found["pass_at"])[-1] == "20"
+    assert found["reward_mean_sampled"] < 0
+    assert evaluate(moved(0.2), load_task("countdown"), n=2, max_tokens=4)["kl_to_base"] is None
