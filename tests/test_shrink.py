@@ -226,6 +226,20 @@ def test_a_cut_that_the_check_fails_is_not_written(trained, tmp_path):
     assert found["bytes_after"] is None and not out.exists()
 
 
+def test_the_base_is_quantized_as_it_was_recorded(trained, tmp_path, monkeypatch):
+    load, asked = models.load, []
+    monkeypatch.setattr(models, "load", lambda *a, **k: asked.append((a, k)) or load(*a, **k))
+    loaded = load("demo")
+    config = files.load(loaded.model, trained)
+    eight = {"bits": 8, "group_size": 64, "mode": "affine"}
+    about = config | {"base": {"model": "demo", "quantization": eight}}
+    files.save(loaded.model, about, tmp_path / "eight")
+    shrink(tmp_path / "eight", tmp_path / "small", by="energy")
+    assert asked == [(("demo",), {"quantize": eight})]
+    kept, _ = files.read(tmp_path / "small")
+    assert kept["base"] == about["base"]
+
+
 def test_nothing_is_overwritten_or_guessed(trained, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="not an empty folder"):
