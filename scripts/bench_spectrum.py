@@ -116,11 +116,12 @@ def adapter(args: argparse.Namespace) -> dict[str, Any]:
             for name, command in commands.items():
                 found = timed(command, answer.with_suffix(f".{name}"))
                 taken[name] += [found] if turn else []
+                print(name, found, flush=True)
         document = json.loads(answer.with_suffix(".ours").read_text())
         told = re.search(r'"n_layers": (\d+)', answer.with_suffix(".gradience").read_text())
         if told is None or int(told[1]) != len(document["adapters"]):
             raise SystemExit(f"the sides do not read the same adapter: {told}")
-        exact = {name: exactness(folder, document, name) for name in SAMPLED[: 1 + (blocks > 3)]}
+        exact = {name: exactness(folder, document, name) for name in SAMPLED[: args.sampled]}
     seconds = {
         n: {k: float(np.median([t[k] for t in ts])) for k in ts[0]} for n, ts in taken.items()
     }
@@ -285,6 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--sampled", type=int, default=2, help="modules with a dense SVD: minutes")
     parser.add_argument("--out", type=Path, default=ROOT / "figures/bench_spectrum.json")
     parser.add_argument("--quick", action="store_true", help="small shapes: to try the script")
     default = Path(tempfile.gettempdir()) / "mlx_lora_peer_spectrum"

@@ -214,6 +214,15 @@ def test_a_budget_of_kl_is_kept(trained, tmp_path):
     assert found["rule"] == {"name": "kl", "budget": 1e-4}
 
 
+def test_weighing_by_text_costs_less(trained, tmp_path):
+    half = {"by": "size", "options": {"share": 0.25}}
+    heard = shrink(trained, tmp_path / "heard", **half)
+    plain = shrink(trained, tmp_path / "plain", **half, weigh=False)
+    assert heard["weighed"] and not plain["weighed"]
+    assert heard["bytes_after"] == plain["bytes_after"]
+    assert heard["kl_mean"] < 0.9 * plain["kl_mean"]
+
+
 def test_a_cut_that_the_check_fails_is_not_written(trained, tmp_path):
     out = tmp_path / "small"
     loaded = models.load("demo")
