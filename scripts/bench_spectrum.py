@@ -4,6 +4,7 @@ Writes figures/bench_spectrum.json and .png. (a) 224 pairs of rank 64 in the sha
 the whole process from start to exit, without pictures; every fourth B is near-singular. Singular
 values against a float64 SVD of the product, formed. (b) σ_max of packed 4-bit 4096 x 11008 weights,
 against dequantizing and a full SVD; one with outlier channels as real ones have, one without a gap.
+(c) Adapters of rank 64 on the embedded model, cut by `shrink`.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from mlx_lora.spectral import base
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = "gradience==0.11.0"
-PARTS = ("adapter", "weights")
+PARTS = ("adapter", "weights", "shrink")
 WIDTH, INNER, RANK, BLOCKS = 4096, 11008, 64, 32
 SHAPES = {  # in, out
     **{f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"},
@@ -115,11 +116,12 @@ def adapter(args: argparse.Namespace) -> dict[str, Any]:
             for name, command in commands.items():
                 found = timed(command, answer.with_suffix(f".{name}"))
                 taken[name] += [found] if turn else []
+                print(name, found, flush=True)
         document = json.loads(answer.with_suffix(".ours").read_text())
         told = re.search(r'"n_layers": (\d+)', answer.with_suffix(".gradience").read_text())
         if told is None or int(told[1]) != len(document["adapters"]):
             raise SystemExit(f"the sides do not read the same adapter: {told}")
-        exact = {name: exactness(folder, document, name) for name in SAMPLED[: 1 + (blocks > 3)]}
+        exact = {name: exactness(folder, document, name) for name in SAMPLED[: args.sampled]}
     seconds = {
         n: {k: float(np.median([t[k] for t in ts])) for k in ts[0]} for n, ts in taken.items()
     }
@@ -184,6 +186,45 @@ def weights(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def shrunk(args: argparse.Namespace) -> dict[str, Any]:
+    """Adapters of rank 64 trained on the embedded model, cut within a budget of KL: accuracy too.
+
+    At the demo's own learning rate and at a third of it.
+    """
+    found: dict[str, Any] = {}
+    problems = "32" if args.quick else "512"
+    with tempfile.TemporaryDirectory() as place:
+        for rate in ("1e-3", "3e-4"):
+            run, small = Path(place) / f"run_{rate}", Path(place) / f"small_{rate}"
+            options = ["lora_parameters.rank=64", f"learning_rate={rate}", f"eval.n={problems}"]
+            options += ["iters=4"] if args.quick else []
+            given = [word for option in options for word in ("-o", option)]
+            ask("train", "demo", *given, "--run-dir", str(run))
+            cut = ask("shrink", str(run), "--out", str(small))
+            about = ("parameters_before", "parameters_after", "bytes_before", "bytes_after")
+            found[rate] = {k: cut[k] for k in (*about, "rank_before", "rank_after", "kl_mean")}
+            found[rate]["size"] = cut["bytes_after"] / cut["bytes_before"]
+            found[rate]["verdict"] = cut["check"]["verdict"]
+            for name, folder in (("before", run / "adapters"), ("after", small)):
+                exam = ("eval", "demo", "--task", "countdown", "-n", problems)
+                answer = ask(*exam, "--adapter", str(folder))
+                keys = ("accuracy", "accuracy_low", "accuracy_high", "accuracy_sampled")
+                found[rate][f"accuracy_{name}"] = {k: answer[k] for k in keys}
+            print(rate, found[rate], flush=True)
+    return found
+
+
+def ask(*words: str) -> dict[str, Any]:
+    """What a command prints with --json."""
+    command = [sys.executable, "-m", "mlx_lora", *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}"
+        )
+    return json.loads(done.stdout)
+
+
 def draw(found: dict[str, Any], path: Path) -> None:
     """Seconds on a log axis: one panel a part."""
     from matplotlib.figure import Figure
@@ -211,16 +252,27 @@ def draw(found: dict[str, Any], path: Path) -> None:
         )
         dense = ("dequantize and full SVD", part["seconds_dequantize_and_svd_float32"], "#9a9a9a")
         bars.append([dense, ("Lanczos on packed rows", part["seconds"], "#2171b5")])
+    for rate, part in found.get("shrink", {}).items():
+        accuracy = [part[f"accuracy_{when}"]["accuracy"] for when in ("before", "after")]
+        titles.append(
+            f"shrink, trained at {rate}: rank {part['rank_before']} to {part['rank_after']}, "
+            f"KL {part['kl_mean']:.1e}, accuracy {accuracy[0]:.1%} and {accuracy[1]:.1%}"
+        )
+        sizes = [part[f"bytes_{when}"] / 1e6 for when in ("before", "after")]
+        bars.append([("as trained", sizes[0], "#9a9a9a"), ("shrunk", sizes[1], "#2171b5")])
+    units = ["s"] * (len(bars) - len(found.get("shrink", {}))) + ["MB"] * len(
+        found.get("shrink", {})
+    )
     figure = Figure(figsize=(9, 0.4 + 1.35 * len(bars)), dpi=110, layout="constrained")
     axes = figure.subplots(len(bars), 1, squeeze=False)[:, 0]
-    for axis, title, rows in zip(axes, titles, bars, strict=True):
+    for axis, title, rows, unit in zip(axes, titles, bars, units, strict=True):
         names, values, colours = zip(*rows, strict=True)
         drawn = axis.barh(names, values, color=colours, height=0.62)
-        axis.bar_label(drawn, [f"{value:.3g} s" for value in values], padding=4)
+        axis.bar_label(drawn, [f"{value:.3g} {unit}" for value in values], padding=4)
         axis.set_title(title, loc="left", fontsize=10, weight="bold")
         axis.set_xlim(0, max(values) * 1.15)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel("seconds")
+        axis.tick_params(labelbottom=False, bottom=False)
     figure.savefig(path)
 
 
@@ -234,6 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--sampled", type=int, default=2, help="modules with a dense SVD: minutes")
     parser.add_argument("--out", type=Path, default=ROOT / "figures/bench_spectrum.json")
     parser.add_argument("--quick", action="store_true", help="small shapes: to try the script")
     default = Path(tempfile.gettempdir()) / "mlx_lora_peer_spectrum"
@@ -246,7 +299,7 @@ def main() -> None:
     found |= {"question": (__doc__ or "").splitlines()[0], "peer": PEER}
     for part in args.parts:
         load = os.getloadavg()[0]
-        found[part] = {"adapter": adapter, "weights": weights}[part](args)
+        found[part] = {"adapter": adapter, "weights": weights, "shrink": shrunk}[part](args)
         about = {"commit": commit(), "load": load, "cores": os.cpu_count()}
         about["threads"] = os.environ.get("OPENBLAS_NUM_THREADS")
         found.setdefault("of_part", {})[part] = about

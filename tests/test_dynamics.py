@@ -18,7 +18,9 @@ from mlx_lora.spectral import dynamics, live
 from mlx_lora.spectral.dynamics import Look, summed_up
 from mlx_lora.spectral.metrics import effective_rank
 from mlx_lora.spectral.report import LoRAAnalyzer, write
+from mlx_lora.spectral.show import moved
 from mlx_lora.spectral.spectrum import Pair, measure
+from mlx_lora.spectral.trajectories import by_kind
 from tests.tiny import tiny
 
 
@@ -197,6 +199,20 @@ def test_a_run_keeps_its_looks_and_spectrum_reads_them(run):
     assert (
         LoRAAnalyzer(run).analyze(dynamics={"settled": 1}).dynamics.steps_to_saturation is not None
     )
+
+
+def test_a_run_has_a_picture_of_its_looks(run, tmp_path):
+    report = LoRAAnalyzer(run).analyze()
+    assert (tmp_path / "dynamics.png") in write(report, tmp_path)
+    assert (tmp_path / "dynamics.png").read_bytes().startswith(b"\x89PNG")
+    (said,) = moved(report.dynamics)
+    assert said.startswith("Up to step 3 its use of rank is ")
+
+
+def test_modules_of_a_kind_are_one_line():
+    where = {"a": (0, "q"), "b": (1, "q"), "c": (2, "q"), "d": (0, "v")}
+    values = {"a": 1.0, "b": 2.0, "c": 90.0, "d": None, "gone": 5.0}
+    assert by_kind(values, where) == {"q": 2.0}
 
 
 def test_alerts_are_told_once_while_it_trains(run):

@@ -214,6 +214,15 @@ def test_a_budget_of_kl_is_kept(trained, tmp_path):
     assert found["rule"] == {"name": "kl", "budget": 1e-4}
 
 
+def test_weighing_by_text_costs_less(trained, tmp_path):
+    half = {"by": "size", "options": {"share": 0.25}}
+    heard = shrink(trained, tmp_path / "heard", **half)
+    plain = shrink(trained, tmp_path / "plain", **half, weigh=False)
+    assert heard["weighed"] and not plain["weighed"]
+    assert heard["bytes_after"] == plain["bytes_after"]
+    assert heard["kl_mean"] < 0.9 * plain["kl_mean"]
+
+
 def test_a_cut_that_the_check_fails_is_not_written(trained, tmp_path):
     out = tmp_path / "small"
     loaded = models.load("demo")
@@ -224,6 +233,20 @@ def test_a_cut_that_the_check_fails_is_not_written(trained, tmp_path):
     found = shrink(tmp_path / "loud", out, by="size", options={"share": 0.13})
     assert found["check"]["verdict"] == "fail" and found["out"] is None
     assert found["bytes_after"] is None and not out.exists()
+
+
+def test_the_base_is_quantized_as_it_was_recorded(trained, tmp_path, monkeypatch):
+    load, asked = models.load, []
+    monkeypatch.setattr(models, "load", lambda *a, **k: asked.append((a, k)) or load(*a, **k))
+    loaded = load("demo")
+    config = files.load(loaded.model, trained)
+    eight = {"bits": 8, "group_size": 64, "mode": "affine"}
+    about = config | {"base": {"model": "demo", "quantization": eight}}
+    files.save(loaded.model, about, tmp_path / "eight")
+    shrink(tmp_path / "eight", tmp_path / "small", by="energy")
+    assert asked == [(("demo",), {"quantize": eight})]
+    kept, _ = files.read(tmp_path / "small")
+    assert kept["base"] == about["base"]
 
 
 def test_nothing_is_overwritten_or_guessed(trained, tmp_path):

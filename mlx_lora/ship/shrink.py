@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +98,13 @@ def shrink(
     one that the adapter's config names. `weigh` counts a direction by what it does to the inputs
     that the base's texts bring, else all inputs count alike.
     """
+    begin = time.perf_counter()
     rule = rules.bind(by, dict(options or {}))
     folder = adapter_folder(adapter)
     config, tensors = files.read(folder)
     refuse_occupied(out)
-    loaded = models.load(base_of(config, model, folder))
+    base = config.get("base") or {}
+    loaded = models.load(base_of(base, model, folder), quantize=base.get("quantization"))
     files.load(loaded.model, folder)
     layers = lora_layers(loaded.model)
     original: Factors = {name: (m.lora_a, m.lora_b) for name, m in layers.items()}
@@ -124,7 +127,7 @@ def shrink(
     shrunk = cut(original, taken, ranks)
     put(layers, shrunk)
     cpu.follow(loaded.model)
-    report = judged(before, Side(loaded), texts, None, "same", None, 0.0, 0)
+    report = judged(before, Side(loaded), texts, None, "same", None, begin, 0, about=base)
     if report.exit_code == 0:
         write(tensors, config, shrunk, out)
     written = out if report.exit_code == 0 else None
@@ -133,8 +136,8 @@ def shrink(
     )
 
 
-def base_of(config: Mapping[str, Any], model: str | None, folder: Path) -> str:
-    name = model or (config.get("base") or {}).get("model")
+def base_of(base: Mapping[str, Any], model: str | None, folder: Path) -> str:
+    name = model or base.get("model")
     if not name:
         raise AdapterError(
             f"{folder} does not say what its base is", "Name it with --model: the check needs it."

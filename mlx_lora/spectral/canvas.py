@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 DPI = 110
 HEADLINE = 0.45  # inches at the top of a picture
 INK, QUIET, UNUSED, USED, WARNING = "#222222", "#6b6b6b", "#dcdcdc", "#2171b5", "#c2410c"
+COLOURS = (  # told apart by most colour-blind readers
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a4fb3", "#222222",
+)  # fmt: skip
+MARKERS = "osD^v<>P"
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,

@@ -9,8 +9,10 @@ import numpy as np
 
 from mlx_lora.spectral.canvas import (
     CARDS,
+    COLOURS,
     HEADLINE,
     INK,
+    MARKERS,
     QUIET,
     STYLE,
     UNUSED,
@@ -33,16 +35,13 @@ from mlx_lora.spectral.metrics import (
 )
 from mlx_lora.spectral.names import kinds, places
 from mlx_lora.spectral.structure import finding
+from mlx_lora.spectral.trajectories import trajectories
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-COLOURS = (  # told apart by most colour-blind readers
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a4fb3", "#222222",
-)  # fmt: skip
-MARKERS = "osD^v<>P"
 BANDS = (  # upper edge, colour, what the update is to the base
     (0.05, "#ffffff", "slight"),
     (0.10, "#edf5ed", "clear"),
@@ -74,6 +73,8 @@ def draw(report: LoRAReport) -> dict[str, bytes]:
             else:
                 figure = picture(report)
             pictures[f"{name}.png"] = png(figure)
+        if len(report.looks) > 1:
+            pictures["dynamics.png"] = png(trajectories(report.looks, report.dynamics))
     return pictures
 
 

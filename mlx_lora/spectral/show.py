@@ -3,7 +3,14 @@
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from mlx_lora.spectral.metrics import CRITICAL, DOMINATING, LOW_UTILIZATION, LoRAReport
+from mlx_lora.spectral.metrics import (
+    CRITICAL,
+    DOMINATING,
+    LOW_UTILIZATION,
+    LoRADynamicsMetrics,
+    LoRAReport,
+    LoRAStructuralMetrics,
+)
 from mlx_lora.spectral.names import kinds, places
 from mlx_lora.spectral.structure import finding
 
@@ -71,6 +78,7 @@ def summary(report: LoRAReport) -> list[str]:
         lines.append("Dominance is not known without the base model.")
     elif worst:
         lines.append(f"Dominance at scale is at most {worst:.2g} of the base.")
+    lines += [*deeper(report.structural), *moved(report.dynamics)]
     by_name = defaultdict(list)
     for alert in report.alerts:
         by_name[alert.name].append(alert)
@@ -79,3 +87,25 @@ def summary(report: LoRAReport) -> list[str]:
         more = f" (and {len(some) - 1} more)" if len(some) > 1 else ""
         lines.append(f"! {name}: {where}{some[0].message}{more}")
     return lines
+
+
+def deeper(s: LoRAStructuralMetrics) -> list[str]:
+    """What a deep look found; nothing where there was none."""
+    if s.intruder_dimensions is None:
+        return []
+    loudest, text = s.directional_max_dominance, s.activation_max_dominance
+    said = [] if loudest is None else [f"at most {loudest:.2g} in a direction of its own"]
+    said += [] if text is None else [f"{text:.2g} on text"]
+    dominance = f"Dominance is {' and '.join(said)}. " if said else ""
+    count = s.intruder_dimensions
+    return [f"{dominance}{count or 'No'} intruder dimension{'' if count == 1 else 's'}."]
+
+
+def moved(d: LoRADynamicsMetrics | None) -> list[str]:
+    """How the spectra moved over the run; nothing where none was watched."""
+    if d is None or d.rank_utilization_trend is None:
+        return []
+    settled = d.steps_to_saturation
+    when = "has not settled" if settled is None else f"has settled at step {settled}"
+    rank = "" if d.gradient_rank is None else f"; the gradient's rank is {d.gradient_rank:.1f}"
+    return [f"Up to step {d.step} its use of rank is {d.rank_utilization_trend}, {when}{rank}."]
