@@ -9,12 +9,17 @@ cpu.choose()  # before anything imports mlx.core
 
 __version__ = "0.1.0"
 
-PUBLIC = {"attach": "mlx_lora.adapter.attach", "LoRAAnalyzer": "mlx_lora.spectral.report"}
-__all__ = ["LoRAAnalyzer", "__version__", "attach", "check"]
+PUBLIC = {
+    "Adapters": "mlx_lora.ship.switch",
+    "attach": "mlx_lora.adapter.attach",
+    "LoRAAnalyzer": "mlx_lora.spectral.report",
+}
+__all__ = ["Adapters", "LoRAAnalyzer", "__version__", "attach", "check"]
 
 if TYPE_CHECKING:
     from mlx_lora.adapter.attach import attach
     from mlx_lora.check.gate import check
+    from mlx_lora.ship.switch import Adapters
     from mlx_lora.spectral.report import LoRAAnalyzer
 
 

@@ -90,7 +90,7 @@ def merge(
     adapters: Annotated[list[Path], typer.Argument(help="Two adapter folders or more.")],
     out: Out,
     method: Annotated[str, typer.Option(help="linear, ties or orthogonal.")] = "linear",
-    weights: Annotated[str | None, typer.Option(help="Comma-separated [1 each].")] = None,
+    weights: Annotated[str | None, typer.Option(help="Comma-separated [linear: the mean].")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Of the result [what it takes].")] = None,
     option: Annotated[
         list[str] | None, typer.Option("-o", "--option", help="Of the method: density=0.2")

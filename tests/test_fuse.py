@@ -48,6 +48,7 @@ def test_an_update_that_rounding_eats_is_refused_unless_forced(faint, tmp_path):
     with pytest.raises(Refused) as refused:
         fuse(faint, tmp_path / "out", console=QUIET)
     assert not list(tmp_path.iterdir())
+    assert refused.value.found.report is None, "before anything is written"
     assert 0 < refused.value.found.to_json()["kept"] < 0.5
     assert "survives in 4-bit affine" in refused.value.found.reasons[0]
     found = fuse(faint, tmp_path / "out", force=True, console=QUIET)

@@ -70,6 +70,8 @@ def test_an_import_brings_back_what_was_exported(trained, tmp_path):
     _, back = files.read(tmp_path / "back")
     assert ours.keys() == back.keys()
     assert all(mx.array_equal(ours[k], back[k]) for k in ours)
+    with pytest.raises(AdapterError, match="no PEFT folder"):
+        import_peft(tmp_path / "back", tmp_path / "again")
     again = import_peft(tmp_path / "peft", tmp_path / "unproven")
     assert again.report is None and again.to_json()["check"] is None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora import models
+from mlx_lora.adapter import files
 from mlx_lora.check.gate import Report
 from mlx_lora.errors import AdapterError, ConfigError, RunError, near
 from mlx_lora.runlog import occupied
@@ -91,6 +92,11 @@ def import_peft(
 ) -> Shipped:
     """Write a PEFT adapter as a folder for mlx-lm; with `model`, proven on it."""
     refuse_occupied(out)
+    if (adapter / files.WEIGHTS).is_file():
+        raise AdapterError(
+            f"{adapter} is no PEFT folder but mlx-lm's own, and can be used as it is",
+            "`mlx-lora export --to mlx` writes it anew.",
+        )
     trained = read(adapter)
     loaded, notices, report = None, [], None
     if model:

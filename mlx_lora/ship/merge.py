@@ -59,14 +59,17 @@ def merge(
     rank: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Merged:
-    """Write one adapter that does what several do, each times its weight (1 unless told).
+    """Write one adapter that does what several do, each times its weight.
+
+    Unless told: the mean in linear, 1 each in the others.
 
     Exact where `rank` is not given, up to rounding; ties, of full rank, then gets the sum of their
     ranks. AdapterError lists everything that keeps them apart.
     """
     way = methods.bind(method, options or {})
     refuse_occupied(out)
-    weights = list(weights) if weights else [1.0] * len(adapters)
+    even = 1 / max(len(adapters), 1) if method == "linear" else 1.0
+    weights = list(weights) if weights else [even] * len(adapters)
     if len(weights) != len(adapters) or len(adapters) < 2:
         raise ConfigError(
             f"{len(adapters)} adapters and {len(weights)} weights",

@@ -26,10 +26,10 @@ def survival_plot(survivals: Sequence[Survival]) -> bytes:
     where = f"{' and '.join(bits)}-bit weights" if bits else "unquantized weights"
     told = "nothing to keep" if kept is None else f"{kept:.1%} of the update is in the {where}"
     shown = [s for s in survivals if s.kept is not None and s.size > 0]
-    with rc_context(STYLE):
+    with rc_context(STYLE):  # type: ignore[arg-type]
         figure = blank(7.4, 4.1, f"Fused: {told}")
         axes = inches(figure, 0.75, 0.6, 6.4, 2.85)
-        values = np.clip([s.kept for s in shown], LOW, HIGH)
+        values = np.clip(np.array([s.kept for s in shown], float), LOW, HIGH)
         colours = [WARNING if value < LOST else USED for value in values]
         axes.scatter([s.size for s in shown], values, s=22, c=colours, alpha=0.75)
         axes.axhspan(LOW - 0.05, LOST, color=UNUSED, alpha=0.4, linewidth=0)
@@ -68,7 +68,7 @@ def overlap_plot(pairs: Sequence[Mapping[str, Any]]) -> bytes:
 
     rows = [(pair, side) for pair in pairs for side in ("inputs", "outputs")]
     height = ROW * len(rows)
-    with rc_context(STYLE):
+    with rc_context(STYLE):  # type: ignore[arg-type]
         figure = blank(7.4, 1.25 + height, headline(pairs))
         axes = inches(figure, 3.1, 0.6, 4.05, height)
         for row, (pair, side) in enumerate(rows):

@@ -1,5 +1,6 @@
 """Tiny models that say something, and adapters of several ranks on them."""
 
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -30,22 +31,34 @@ def lively(architecture: str) -> models.Loaded:
     return models.Loaded(model, None, config, architecture, Path(architecture), False)
 
 
-def adapter(loaded: models.Loaded, folder: Path, *, last_rank: int = 4, dora: bool = False) -> Path:
-    """Random factors on every projection of the model, of another rank in the last one."""
+def adapter(
+    loaded: models.Loaded,
+    folder: Path,
+    *,
+    last_rank: int = 4,
+    dora: bool = False,
+    outside: tuple[str, ...] = (),
+) -> Path:
+    """Random factors on every projection of the model, of another rank in the last one.
+
+    `outside`: on the output head or the embeddings too.
+    """
     mx.random.seed(2)
     tensors, keys = {}, {}
     for name, layer in loaded.model.named_modules():
         short = name.rpartition(".")[2]
-        if short not in PROJECTIONS:
+        if short not in (*PROJECTIONS, *outside):
             continue
         out, width = layer.weight.shape[0], models.in_dims(layer)
+        if short == "embed_tokens":
+            out, width = width, out
         rank = last_rank if short == PROJECTIONS[-1] else 4
         tensors[f"{name}.lora_a"] = mx.random.normal((width, rank)) / width**0.5
         tensors[f"{name}.lora_b"] = mx.random.normal((rank, out)) / 2
         if dora:
             m = mx.linalg.norm(models.dense_weight(layer), axis=1)
             tensors[f"{name}.m"] = m * (1 + 0.2 * mx.random.normal(m.shape))
-        keys[".".join(name.split(".")[3:])] = None
+        keys[re.sub(r"^model\.layers\.\d+\.", "", name)] = None
     parameters = {"rank": 4, "scale": 1.5, "dropout": 0.0, "keys": list(keys)}
     kind = "dora" if dora else "lora"
     config = {"fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}

@@ -26,7 +26,7 @@ INSIDE = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm"}
+OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 
 
 def interleaved(rows: mx.array, heads: int) -> mx.array:

@@ -13,6 +13,7 @@ from mlx_lora.ship.switch import Adapters
 from mlx_lora.ship.trained import read
 from tests.interop import gguf_base, llama
 from tests.interop.bases import adapter, lively
+from tests.tiny import COMMON
 
 pytestmark = [
     pytest.mark.interop,
@@ -84,6 +85,18 @@ def test_greedy_tokens_are_equal_at_every_strength(architecture, last_rank, tmp_
         said[strength] = agree(theirs, ours(loaded, PROMPTS), what, GAPS.get(architecture, 1e-4))
     assert said[None] != said[1.0] != said[0.5], "the adapter is heard, and so is its strength"
     assert len({t for row in said[1.0] for t in row}) > 10, "it says more than one thing"
+
+
+def test_an_output_head_of_its_own_is_adapted(tmp_path, monkeypatch):
+    monkeypatch.setitem(COMMON, "tie_word_embeddings", False)
+    loaded = lively("qwen3")
+    folder = adapter(loaded, tmp_path / "adapter", outside=("lm_head",))
+    base, file = shipped(loaded, folder, tmp_path)
+    before = agree(llama.greedy(base, PROMPTS, COUNT, None, 1.0), ours(loaded, PROMPTS), "untied")
+    adapters = Adapters(loaded)
+    adapters.use(adapters.load(folder))
+    theirs = llama.greedy(base, PROMPTS, COUNT, file, 1.0)
+    assert agree(theirs, ours(loaded, PROMPTS), "untied, lm_head adapted") != before
 
 
 def test_the_embedded_model_says_the_same(tmp_path):

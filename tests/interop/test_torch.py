@@ -12,6 +12,7 @@ from mlx_lm.tuner.utils import load_adapters
 
 from mlx_lora import models
 from mlx_lora.adapter import files
+from mlx_lora.adapter.attach import lora_layers
 from mlx_lora.ship.formats import FORMATS, Target
 from mlx_lora.ship.trained import read
 from tests.interop.bases import adapter, lively
@@ -94,6 +95,18 @@ def test_peft_computes_our_logits(architecture, kind, tmp_path):
     close(torch_logits(model), ours, f"{architecture}, {kind} in PEFT")
     with model.disable_adapter():
         assert np.abs(torch_logits(model) - before).max() < CLOSE
+
+
+def test_an_output_head_and_embeddings_of_their_own_are_adapted(tmp_path, monkeypatch):
+    monkeypatch.setitem(COMMON, "tie_word_embeddings", False)
+    loaded = lively("llama")
+    folder = adapter(loaded, tmp_path / "adapter", outside=("lm_head", "embed_tokens"))
+    base, out = exported(loaded, folder, "peft", tmp_path)
+    assert not FORMATS["peft"].refusals(read(folder), loaded.config)
+    files.load(loaded.model, folder)
+    names = {n for n in lora_layers(loaded.model) if "layers" not in n}
+    assert names == {"lm_head", "model.embed_tokens"}
+    close(torch_logits(in_peft(base, out)), mlx_logits(loaded.model), "untied, both ends in PEFT")
 
 
 @pytest.mark.parametrize(
