@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from mlx_lora import cpu
 from mlx_lora.adapter.attach import blocks, lora_layers
@@ -68,8 +68,11 @@ def train(
     """
     model, e = loaded.model, experiment
     optimizer.init(model.trainable_parameters())
-    if e.grad_accumulation_steps > 1 and SUM not in optimizer.state:
-        optimizer.state[SUM] = tree_map(mx.zeros_like, model.trainable_parameters())
+    if e.grad_accumulation_steps > 1:
+        known = dict(tree_flatten(optimizer.state.get(SUM, {})))  # of a resumed run
+        optimizer.state[SUM] = tree_map_with_path(
+            lambda name, x: known.get(name, mx.zeros_like(x)), model.trainable_parameters()
+        )
     rows = itertools.islice(batches(texts, e, len(valid)), start, None)
     return steps(model, rows, e, optimizer, clock, report, valid, start, history, report_norms)
 
