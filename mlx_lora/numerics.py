@@ -22,6 +22,18 @@ def log_softmax(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
+def target_logps(logits_BSV: mx.array, targets_BS: mx.array) -> mx.array:
+    """Log-probabilities [B, S] of the targets. Differentiable; nothing else is as large as logits.
+
+    >>> target_logps(mx.zeros((1, 1, 2)), mx.array([[1]])).exp().tolist()
+    [[0.5]]
+    """
+    if cpu.fast():
+        return mx.take_along_axis(log_softmax(logits_BSV), targets_BS[..., None], axis=-1)[..., 0]
+    chosen_BS = mx.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
+    return chosen_BS - mx.logsumexp(logits_BSV, axis=-1)
+
+
 def exp(x: mx.array) -> mx.array:
     """Element-wise exponential. Without gradient."""
     if cpu.fast():

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from mlx_lora import cpu
 from mlx_lora.adapter.attach import blocks, lora_layers
@@ -29,7 +29,7 @@ from mlx_lora.adapter.schedules import (
 from mlx_lora.batches import Row, batches, pack, pack_rows
 from mlx_lora.data import Text
 from mlx_lora.models import Loaded, split_head, vocabulary_size
-from mlx_lora.numerics import log_softmax
+from mlx_lora.numerics import target_logps
 from mlx_lora.optimizers import Metrics, Patience, copied, learning_rate, overwrite
 from mlx_lora.packing import apart
 from mlx_lora.recompute import recomputed, recomputing
@@ -44,7 +44,6 @@ from mlx_lora.schema import Stage
 SUM = "accumulated"  # where the optimizer's state keeps the gradients of batches that did not move
 NO_LIMIT = float("inf")
 Norms = dict[str, float]  # of the gradient, by module
-Update = Callable[..., tuple[mx.array, mx.array, Any]]
 
 
 def train(
@@ -68,8 +67,11 @@ def train(
     """
     model, e = loaded.model, experiment
     optimizer.init(model.trainable_parameters())
-    if e.grad_accumulation_steps > 1 and SUM not in optimizer.state:
-        optimizer.state[SUM] = tree_map(mx.zeros_like, model.trainable_parameters())
+    if e.grad_accumulation_steps > 1:
+        known = dict(tree_flatten(optimizer.state.get(SUM, {})))  # of a resumed run
+        optimizer.state[SUM] = tree_map_with_path(
+            lambda name, x: known.get(name, mx.zeros_like(x)), model.trainable_parameters()
+        )
     rows = itertools.islice(batches(texts, e, len(valid)), start, None)
     return steps(model, rows, e, optimizer, clock, report, valid, start, history, report_norms)
 
@@ -92,7 +94,7 @@ def steps(
     parts = e.grad_accumulation_steps
     metrics: Metrics = {}
     with scale_as_array(model):
-        update = compiled_update(model, optimizer, e)
+        learn, move = compiled_parts(model, optimizer, e)
         if valid and start == 0:
             with clock.measure("validate"):
                 metrics["valid_loss_before"] = mean_over(model, valid, e, e.val_batches)[0]
@@ -106,15 +108,19 @@ def steps(
             with clock.measure("learn", kind="step"), in_training(model):
                 batch = as_arrays(next(rows), e)
                 mx.random.seed(dropout_seed(e.seed, step))
-                loss, norm, grads = update(batch, moves, looks)
-                mx.eval(model.trainable_parameters(), optimizer.state, loss, norm, grads)
+                loss, grads = learn(*batch)
+                evaluate(grads)
+                norm, grads = move(grads, moves)
+                mx.eval(model.trainable_parameters(), optimizer.state, norm, grads)
+                moved = grads if looks else {}
+                del grads
             metrics |= {"loss": float(loss), "tokens_trained": int(float(batch[3].sum()))}
             metrics |= {"learning_rate": float(optimizer.learning_rate), "scale": scale_of(model)}
             if moves:
                 taken = float(np.isfinite(float(norm)))
                 metrics |= {"grad_norm": float(norm), "update_taken": taken}
             if looks:
-                norms = module_norms(grads)
+                norms = module_norms(moved)
                 report_norms(step, norms)
                 metrics |= gradient_health(norms)
             if valid and ((step + 1) % e.steps_per_eval == 0 or step + 1 == e.iters):
@@ -132,10 +138,12 @@ def as_arrays(rows: Sequence[Row], e: Stage) -> tuple[mx.array, ...]:
     return pack([text for row in rows for text in row], limit=e.padding_limit)
 
 
-def compiled_update(model: nn.Module, optimizer: optim.Optimizer, e: Stage) -> Update:
-    """(a batch, does it move, are its gradients wanted) -> loss, gradient norm, gradients.
+def compiled_parts(
+    model: nn.Module, optimizer: optim.Optimizer, e: Stage
+) -> tuple[Callable[..., tuple[mx.array, Any]], Callable[..., tuple[mx.array, Any]]]:
+    """A batch -> its loss and gradients; (these, do they move) -> their norm and what moved.
 
-    Where a batch does not move the weights, its gradients are added to those before it.
+    What does not move the weights is added to what came before it.
     """
     split_head(model)  # tried on real numbers, which tracing has none of
     vocabulary_size(model)
@@ -145,22 +153,35 @@ def compiled_update(model: nn.Module, optimizer: optim.Optimizer, e: Stage) -> U
     ratio = e.lora_parameters.lora_plus_ratio
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def update(batch: tuple[mx.array, ...], moves: bool, wanted: bool) -> tuple[mx.array, Any, Any]:
+    def learn(*batch: mx.array) -> tuple[mx.array, Any]:
         with recomputing(blocks(model), on=e.grad_checkpoint, at_once=cpu.active()):
-            loss, grads = nn.value_and_grad(model, mean_loss)(model, *batch)
+            return nn.value_and_grad(model, mean_loss)(model, *batch)
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def move(grads: Any, moves: bool) -> tuple[mx.array, Any]:
         if parts > 1:
             grads = tree_map(mx.add, grads, optimizer.state[SUM])
         if not moves:
             overwrite(optimizer.state[SUM], grads)
-            return loss, mx.array(0.0), {}
+            return mx.array(0.0), {}
         if parts > 1:
             grads = tree_map(lambda g: g / parts, grads)
         norm = step_if_finite(model, optimizer, grads, limit, ratio)
         if parts > 1:
             overwrite(optimizer.state[SUM], tree_map(mx.zeros_like, grads))
-        return loss, norm, grads if wanted else {}
+        return norm, grads
 
-    return update
+    return learn, move
+
+
+def evaluate(grads: Any) -> None:
+    """On a CPU from the last layer to the first, one by one: what each kept is let go in between.
+
+    A GPU computes a step as one piece.
+    """
+    _, arrays = zip(*tree_flatten(grads), strict=True)
+    for part in reversed(arrays) if cpu.active() else [arrays]:
+        mx.eval(part)
 
 
 def remembered(model: nn.Module) -> list[dict[str, mx.array]]:
@@ -203,7 +224,9 @@ def mean_loss(
     """Mean cross-entropy in nats over the tokens that count; only they meet the vocabulary."""
     split = split_head(model)
     more = {} if segments_BT is None else {"cache": apart(model, segments_BT)}
-    hidden_BSD = mx.take_along_axis(split.body(ids_BT, **more), at_BS[..., None], axis=1)
+    hidden_BTD, (rows, width) = split.body(ids_BT, **more), ids_BT.shape
+    places_BS = at_BS + width * mx.arange(rows)[:, None]
+    hidden_BSD = hidden_BTD.reshape(rows * width, -1)[places_BS]
     chunked = at_BS.size > rows_of_a_chunk(vocabulary_size(model)) and split.body is not model
     scored = in_chunks if chunked else at_once
     return -masked_mean(scored(model, split.head, hidden_BSD, targets_BS), mask_BS)
@@ -211,8 +234,7 @@ def mean_loss(
 
 def at_once(model: nn.Module, head: Any, hidden_BSD: mx.array, targets_BS: mx.array) -> mx.array:
     """Log-probabilities [B, S] of the targets, in nats."""
-    logps_BSV = log_softmax(head(hidden_BSD).astype(mx.float32))
-    return mx.take_along_axis(logps_BSV, targets_BS[..., None], axis=-1)[..., 0]
+    return target_logps(head(hidden_BSD).astype(mx.float32), targets_BS)
 
 
 def in_chunks(model: nn.Module, head: Any, hidden_BSD: mx.array, targets_BS: mx.array) -> mx.array:
