@@ -21,6 +21,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
+from mlx_lora import cpu
 from mlx_lora.adapter.attach import lora_layers
 from mlx_lora.adapter.weights import rms_of
 from mlx_lora.caches import Sit, company
@@ -164,32 +165,26 @@ def seated(group_of_B: Sequence[int], groups: int) -> Seating:
 class Crowd:
     """The members of a batch: whom each row belongs to, told before every forward."""
 
-    member_of: Sequence[int]  # of each prompt, as a place among `members`
-    direction_of: Sequence[int]  # of each member, as a place among the directions
-    signs: np.ndarray  # of each member
-    directions: int
+    member_of: Sequence[int]  # of each prompt, as a place among the members
+    members: int
     factor: Factor
-    seated_for: Sequence[int] = ()
+    prompts: Sequence[int] = ()
+    seating: Seating = Seating(0, 0, None, None)
 
     def sit(self, prompts: Sequence[int]) -> None:
         """The next forwards have a row of each of these prompts."""
-        if prompts == self.seated_for:
-            return
-        self.seated_for = prompts
-        members = [self.member_of[p] for p in prompts]
-        self.by_member = seated(members, len(self.signs))
-        self.by_direction = seated([self.direction_of[m] for m in members], self.directions)
-        self.signs_B1 = self.signs[members][:, None]
+        if prompts != self.prompts:
+            self.seating = seated([self.member_of[p] for p in prompts], self.members)
+            self.prompts = prompts
 
 
 @dataclass(frozen=True)
 class Part:
-    """What the crowd does to one layer."""
+    """What the crowd does to one layer. Arrays are lazy: each path computes those that it uses."""
 
     crowd: Crowd
-    noise_K: mx.array  # [directions, *factor]
-    sigma: float
-    factor_M: mx.array  # [members, *factor], lazy: not computed where the merged form is used
+    shift_M: mx.array  # [members, *factor], scale times the noise of each
+    factor_M: mx.array  # [members, *factor], the factor of each
 
 
 @contextlib.contextmanager
@@ -210,18 +205,17 @@ def population(
     company(model)
     directions, signs = noise.of(members)
     used = sorted(set(directions))
-    place_of = {k: i for i, k in enumerate(used)}
-    of_member = [place_of[k] for k in directions]
-    crowd = Crowd(member_of, of_member, signs, len(used), noise.factor)
-    layers = lora_layers(model)
+    drawn_M = mx.array([used.index(k) for k in directions])
+    crowd, layers = Crowd(member_of, len(members), noise.factor), lora_layers(model)
     before = {name: type(layer) for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             master = layer[noise.factor]
-            noise_K = noise.drawn(name, used, master.shape)
-            sizes = mx.array(np.float32(sigmas[name]) * signs)
-            every = perturbed(master, noise_K[mx.array(of_member)], sizes)
-            layer.__dict__["_part"] = Part(crowd, noise_K, sigmas[name], every)
+            noise_M = noise.drawn(name, used, master.shape)[drawn_M]
+            sizes_M = mx.array(np.float32(sigmas[name]) * signs)
+            every_M = perturbed(master, noise_M, sizes_M)
+            shift_M = perturbed(mx.zeros_like(master), noise_M, layer.scale * sizes_M)
+            layer.__dict__["_part"] = Part(crowd, shift_M, every_M)
             layer.__class__ = population_twin(type(layer))
         yield crowd.sit
     finally:
@@ -237,8 +231,9 @@ def population_twin(parent: type) -> type:
     def call(self: Any, x: mx.array) -> mx.array:
         part: Part = self.__dict__["_part"]
         if "_merged" in self.__dict__ and x.dtype == mx.float32:
-            return with_bias(self.linear, by_merged(self, part, x))
-        seating, y = part.crowd.by_member, self.linear(x)
+            beside = beside_numpy if cpu.mode() == "numpy" else beside_mlx
+            return with_bias(self.linear, beside(self, part, x))
+        seating, y = part.crowd.seating, self.linear(x)
         if part.crowd.factor == "lora_b":
             z = batched(x @ self.lora_a, part.factor_M, seating)
         else:
@@ -253,48 +248,49 @@ def batched(x: mx.array, w_PKO: mx.array, seating: Seating) -> mx.array:
 
     A head may get all rows on one axis: what counts is their order.
     """
+    if seating.row_at is None:
+        y_PNO = x.reshape(seating.groups, -1, x.shape[-1]) @ w_PKO
+        return y_PNO.reshape(*x.shape[:-1], -1)
     x_BLK = x.reshape(seating.rows, -1, x.shape[-1])
-    if seating.row_at is not None:
-        x_BLK = x_BLK[seating.row_at_mx]
-    y_PNO = x_BLK.reshape(seating.groups, -1, x.shape[-1]) @ w_PKO
-    y_BLO = y_PNO.reshape(-1, x_BLK.shape[1], w_PKO.shape[-1])
-    if seating.seat_of is not None:
-        y_BLO = y_BLO[seating.seat_of_mx]
+    x_PNK = x_BLK[seating.row_at_mx].reshape(seating.groups, -1, x.shape[-1])
+    y_BLO = (x_PNK @ w_PKO).reshape(-1, x_BLK.shape[1], w_PKO.shape[-1])[seating.seat_of_mx]
     return y_BLO.reshape(*x.shape[:-1], -1)
 
 
-@SILENT
-def by_merged(layer: Any, part: Part, x: mx.array) -> mx.array:
-    """The CPU's way: one product with W + scale · A B, and the noise alone beside it.
-
-    A pair is one group, its second member's rows with the other sign.
-    """
-    x_NI, size = rows(view(x)), np.float32(float(np.array(layer.scale)) * part.sigma)
-    seating = part.crowd.by_direction
-    y_NO = x_NI @ view(layer.__dict__["_merged"]).T
-    if part.crowd.factor == "lora_b":
-        moved_NO = grouped(signed(x_NI @ view(layer.lora_a), part, size), part.noise_K, seating)
+def beside_mlx(layer: Any, part: Part, x: mx.array) -> mx.array:
+    """The CPU's way: one product with W + scale · A B, and the noise alone beside it."""
+    x_NI, seating = x.reshape(-1, x.shape[-1]), part.crowd.seating
+    y_NO = x_NI @ layer.__dict__["_merged"].T
+    if part.crowd.factor == "lora_a":
+        y_NO = y_NO + batched(x_NI, part.shift_M, seating) @ layer.lora_b
+    elif seating.row_at is not None:
+        y_NO = y_NO + batched(x_NI @ layer.lora_a, part.shift_M, seating)
     else:
-        z_NR = grouped(x_NI, part.noise_K, seating)
-        moved_NO = signed(z_NR, part, size) @ view(layer.lora_b)
-    y_NO += moved_NO
+        y_PNO, z_PNR = (
+            z.reshape(seating.groups, -1, z.shape[-1]) for z in (y_NO, x_NI @ layer.lora_a)
+        )
+        y_NO = mx.addmm(y_PNO, z_PNR, part.shift_M)
+    return y_NO.reshape(*x.shape[:-1], -1)
+
+
+@SILENT
+def beside_numpy(layer: Any, part: Part, x: mx.array) -> mx.array:
+    """The same in NumPy."""
+    x_NI, seating = rows(view(x)), part.crowd.seating
+    y_NO = x_NI @ view(layer.__dict__["_merged"]).T
+    if part.crowd.factor == "lora_a":
+        y_NO += batched_numpy(x_NI, part.shift_M, seating) @ view(layer.lora_b)
+    else:
+        y_NO += batched_numpy(x_NI @ view(layer.lora_a), part.shift_M, seating)
     return mx.array(y_NO.reshape(*x.shape[:-1], -1))
 
 
-def signed(z_NR: np.ndarray, part: Part, size: np.float32) -> np.ndarray:
-    """Times size and the sign of each row's member, in place: N is rows times tokens."""
-    z_BLR = z_NR.reshape(part.crowd.by_direction.rows, -1, z_NR.shape[-1])
-    z_BLR *= (size * part.crowd.signs_B1)[:, None]
-    return z_NR
-
-
-def grouped(x_NK: np.ndarray, w_PKO: mx.array, seating: Seating) -> np.ndarray:
+def batched_numpy(x_NK: np.ndarray, w_PKO: mx.array, seating: Seating) -> np.ndarray:
     """`batched` in NumPy: [N, O]."""
-    tokens = len(x_NK) // seating.rows
-    if seating.row_at is not None:
-        x_NK = x_NK.reshape(seating.rows, -1).take(seating.row_at, axis=0)
-    y_PNO = x_NK.reshape(seating.groups, -1, w_PKO.shape[1]) @ view(w_PKO)
-    if seating.seat_of is None:
-        return y_PNO.reshape(-1, w_PKO.shape[-1])
-    y_SX = y_PNO.reshape(-1, tokens * w_PKO.shape[-1])
-    return y_SX.take(seating.seat_of, axis=0).reshape(-1, w_PKO.shape[-1])
+    k, o = w_PKO.shape[1:]
+    if seating.row_at is None:
+        return (x_NK.reshape(seating.groups, -1, k) @ view(w_PKO)).reshape(-1, o)
+    x_BX = x_NK.reshape(seating.rows, -1)
+    x_PNK = x_BX.take(seating.row_at, axis=0).reshape(seating.groups, -1, k)
+    y_SX = (x_PNK @ view(w_PKO)).reshape(len(seating.row_at), -1)
+    return y_SX.take(seating.seat_of, axis=0).reshape(-1, o)
