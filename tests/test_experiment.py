@@ -92,7 +92,7 @@ def test_resume_refuses_another_experiment_and_a_finished_run(tmp_path):
     about = json.loads(held_out.read_text())
     assert len(set(about["ids"])) == about["n"] == about["while_training"] == 16
     held_out.write_text(json.dumps(about | {"ids": about["ids"][::-1]}))
-    with pytest.raises(RunError, match="held-out problems of .* were others"):
+    with pytest.raises(RunError, match=r"held-out problems of .* were others"):
         run(tmp_path / "run", resume=True)
 
 
