@@ -13,6 +13,7 @@ from mlx_lora import bases, distributed, models
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files, population
 from mlx_lora.adapter.inits import REBASING, label
+from mlx_lora.adapter.population import remember_sizes
 from mlx_lora.adapter.weights import analyse
 from mlx_lora.blocks import Check
 from mlx_lora.check import certificate, gate
@@ -108,6 +109,7 @@ def weigh(loaded: Loaded, log: RunLog, console: Console) -> None:
     """weights.json and its picture, and a sentence where outliers stick out."""
     stats = analyse(loaded.model)
     weight_map.write(stats, log.folder)
+    remember_sizes(loaded.model, {name: s.rms_robust for name, s in stats.items()})
     if outlying := weight_map.outlying(stats):
         worst = stats[outlying[0]]
         console.print(

@@ -10,8 +10,15 @@ import pytest
 
 from mlx_lora import cpu, models
 from mlx_lora.adapter.attach import attach, lora_layers
-from mlx_lora.adapter.population import Noise, perturbed, population, refuse_unfit, sigma_of
-from mlx_lora.adapter.weights import rms_of
+from mlx_lora.adapter.population import (
+    Noise,
+    perturbed,
+    population,
+    refuse_unfit,
+    remember_sizes,
+    sigma_of,
+    size_of,
+)
 from mlx_lora.errors import AdapterError
 from mlx_lora.generate import generate
 from mlx_lora.models import dense_weight
@@ -140,8 +147,19 @@ def test_a_perturbation_has_the_size_that_was_asked_for(factor):
         drawn = sigma * Noise(0, 0, factor).drawn(name, range(8), layer[factor].shape)
         moved = layer.scale * (layer.lora_a @ drawn if factor == "lora_b" else drawn @ layer.lora_b)
         rms = float(np.sqrt(np.square(np.array(dense_weight(layer.linear), np.float64)).mean()))
-        assert rms_of(layer.linear) == pytest.approx(rms, rel=0.02)  # outliers count less
+        assert size_of(layer) == pytest.approx(rms, rel=1e-4)
         assert float(mx.sqrt(mx.square(moved).mean())) == pytest.approx(0.1 * rms, rel=0.15)
+
+
+def test_sizes_that_were_measured_are_not_measured_again():
+    loaded = models.load("demo")
+    attach(loaded)
+    layers = lora_layers(loaded.model)
+    remember_sizes(loaded.model, dict.fromkeys(layers, 3.0))
+    assert all(size_of(m) == 3.0 for m in layers.values())
+    one, first = next(iter(layers.values())), sigma_of(next(iter(layers.values())), "lora_b", 0.1)
+    one.__dict__.pop("_size")
+    assert sigma_of(one, "lora_b", 0.1) == pytest.approx(first * size_of(one) / 3.0)
 
 
 def test_where_the_other_factor_is_zero_there_is_no_noise():

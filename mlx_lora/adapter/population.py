@@ -87,6 +87,12 @@ def sigma_of(layer: Any, factor: Factor, perturb_scale: float) -> float:
     return perturb_scale * size_of(layer) / lever if lever else 0.0
 
 
+def remember_sizes(model: nn.Module, sizes: Mapping[str, float]) -> None:
+    """Keep sizes of frozen weights, by module, that somebody has measured already."""
+    for name, layer in lora_layers(model).items():
+        layer.__dict__["_size"] = sizes[name]
+
+
 def size_of(layer: Any) -> float:
     """The size of the frozen weight under a LoRA layer, outliers cut. Remembered there."""
     if "_size" not in layer.__dict__:

@@ -64,7 +64,8 @@ def train(
         assert_no_update(model)  # generation 0 is the base
     for generation in range(start, e.iters):
         noise = noise_of(e, generation)
-        sigmas = sizes(model, e, noise.factor)
+        with clock.measure("noise", kind="step"):
+            sigmas = sizes(model, e, noise.factor)
         drawn = cycled(samples, generation, e.es.samples_per_generation, e.seed)
         with clock.measure("rollout", kind="step"):
             groups = tried(loaded, task, drawn, e, noise, sigmas, clock)

@@ -90,7 +90,8 @@ def kl_runaway(history: History, *, limit: float = 2.0) -> Finding | None:
     if not values or values[-1] <= limit:
         return None
     message = f"KL to the base is {values[-1]:.2f} nats per token, above {limit:g}"
-    return Finding("kl_runaway", "", message, "Raise beta or lower the learning rate.")
+    action = "Raise beta or lower the learning rate; of ES raise es.anchor or lower es.step_scale."
+    return Finding("kl_runaway", "", message, action)
 
 
 @watchers.add
