@@ -73,6 +73,12 @@ def test_columns_of_any_size_need_no_qr(monkeypatch):
     gram.spectra(a, b)
 
 
+def test_directions_below_rounding_are_zero():
+    turn = np.linalg.qr(random(6, 6, seed=3))[0]
+    a, b = random(40, 6), turn @ np.diag([1, 1, 1, 1, 0, 0.0]) @ random(6, 30, seed=1)
+    assert b.all() and (gram.spectra(a, b)[0] > 0).tolist() == [True] * 4 + [False] * 2
+
+
 def test_blocks_of_rows_add_up(monkeypatch):
     a = random(130, 8)
     monkeypatch.setattr(gram, "ROWS", 50)
@@ -182,6 +188,7 @@ BROKEN = {
     "a torn header": (lambda whole: whole[:20], "only the start"),
     "no safetensors": (lambda whole: b"PK\x03\x04" + bytes(200), "safetensors"),
     "another type": (lambda whole: whole.replace(b"F32", b"I32"), "its type I32"),
+    "another shape": (lambda whole: whole.replace(b"[9,4]", b"[9,5]"), "does not fit its shape"),
     "foreign": (lambda whole: whole.replace(b".lora_b", b".lokr_b"), "is not a LoRA factor"),
     "no tensors": (lambda whole: b"\x02" + bytes(7) + b"{}", "no tensors"),
 }
