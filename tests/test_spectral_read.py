@@ -10,7 +10,7 @@ import pytest
 
 from mlx_lora.adapter.mapped import BF16, mapped, widened
 from mlx_lora.errors import AdapterError
-from mlx_lora.spectral import gram
+from mlx_lora.spectral import gram, threads
 from mlx_lora.spectral.read import of_folder
 from mlx_lora.spectral.report import LoRAAnalyzer
 from mlx_lora.spectral.spectrum import measure
@@ -94,6 +94,20 @@ def test_a_zero_factor_and_a_tiny_one():
     assert not s_ba.any() and not s_b.any() and s_a.all()
     tiny, _, _ = gram.spectra(a, random(4, 20, seed=1) * 1e-200)  # its Gram matrix underflows
     np.testing.assert_allclose(tiny, dense(a, random(4, 20, seed=1)) * 1e-200, rtol=1e-9)
+
+
+def test_a_pool_of_threads_has_a_blas_without_any():
+    before = threads.threads()
+    threads.set_threads(2)
+    try:
+        inside = threads.each(lambda _: threads.threads(), range(4))
+        assert inside == [1] * 4 and threads.each(lambda x: x * x, [3, 2, 1]) == [9, 4, 1]
+        assert threads.threads() == (2 if threads.control() else 1)
+        with pytest.raises(ZeroDivisionError):
+            threads.each(lambda x: 1 // x, [0])
+        assert threads.threads() == (2 if threads.control() else 1)
+    finally:
+        threads.set_threads(before)
 
 
 # Formats
