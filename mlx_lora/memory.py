@@ -67,7 +67,7 @@ FITTED = {
         again=(0, 4.9, 4.8, 0, 19.9),
         kept=8.6,
         scoring_again=2.0,
-        decoding=(0.93, 0.22, 0.67, 2.72, 0),
+        decoding=(0.89, 0.25, 1.45, 4.48, 3.15),
     ),
     "plain": Weights(
         held=(18.4, 11.1, 9.2, 2.2, 4.4),

@@ -166,7 +166,7 @@ check: {samples: 1}
 grpo: {group_size: 4}
 rollout: {max_tokens: 16}
 eval: {n: 8}
-monitor: {spectrum_every: 1, check_every: 0, alerts: {saturated: {steps: 1, change: 1000}}}
+monitor: {spectrum_every: 1, check_every: 0, alerts: {saturated: {steps: 2, change: 1000}}}
 """
 
 
@@ -217,7 +217,7 @@ def test_modules_of_a_kind_are_one_line():
 
 def test_alerts_are_told_once_while_it_trains(run):
     lines = [json.loads(x) for x in (run / "alerts.jsonl").read_text().splitlines()]
-    assert [(x["name"], x["step"]) for x in lines if x["name"] == "saturated"] == [("saturated", 1)]
+    assert [(x["name"], x["step"]) for x in lines if x["name"] == "saturated"] == [("saturated", 2)]
 
 
 def test_a_resumed_run_has_the_same_looks(run, tmp_path, monkeypatch):
@@ -233,12 +233,13 @@ def test_a_resumed_run_has_the_same_looks(run, tmp_path, monkeypatch):
         experiment.run(config.from_text(YAML), folder, console(quiet=True))
     monkeypatch.undo()
     experiment.run(config.from_text(YAML), folder, console(quiet=True), resume=True)
-    assert (folder / dynamics.FILE).read_text() == (run / dynamics.FILE).read_text()
+    for name in (dynamics.FILE, "alerts.jsonl"):
+        assert (folder / name).read_text() == (run / name).read_text()
 
 
 def test_unknown_alerts_and_thresholds_are_refused():
     for wrong in ("{saturatd: {steps: 1}}", "{saturated: {step: 1}}"):
-        changed = YAML.replace("{saturated: {steps: 1, change: 1000}}", wrong)
+        changed = YAML.replace("{saturated: {steps: 2, change: 1000}}", wrong)
         with pytest.raises(ConfigError, match=r"saturated|steps"):
             config.check_names(config.from_text(changed))
 

@@ -64,6 +64,12 @@ def test_with_inputs_the_outputs_are_approximated(rank):
     assert rank == 6 or off(heard) < off(plain)
 
 
+def test_what_the_texts_do_not_show_is_kept_too():
+    p = pair()
+    a, b = decomposed(p, random(2, 30, seed=4)).cut(6, 6)  # two inputs, six directions
+    np.testing.assert_allclose(a @ b, p.a_IR @ p.b_RO, atol=1e-9)
+
+
 def test_zeros_fill_up():
     a, b = decomposed(pair()).cut(2, 5)
     assert a.shape == (30, 5) and not a[:, 2:].any() and not b[2:].any()

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_lora.adapter.mapped import BF16, mapped, widened
 from mlx_lora.errors import AdapterError
-from mlx_lora.spectral import gram
+from mlx_lora.spectral import gram, threads
 from mlx_lora.spectral.read import of_folder
 from mlx_lora.spectral.report import LoRAAnalyzer
 from mlx_lora.spectral.spectrum import measure
@@ -73,6 +73,12 @@ def test_columns_of_any_size_need_no_qr(monkeypatch):
     gram.spectra(a, b)
 
 
+def test_directions_below_rounding_are_zero():
+    turn = np.linalg.qr(random(6, 6, seed=3))[0]
+    a, b = random(40, 6), turn @ np.diag([1, 1, 1, 1, 0, 0.0]) @ random(6, 30, seed=1)
+    assert b.all() and (gram.spectra(a, b)[0] > 0).tolist() == [True] * 4 + [False] * 2
+
+
 def test_blocks_of_rows_add_up(monkeypatch):
     a = random(130, 8)
     monkeypatch.setattr(gram, "ROWS", 50)
@@ -88,6 +94,20 @@ def test_a_zero_factor_and_a_tiny_one():
     assert not s_ba.any() and not s_b.any() and s_a.all()
     tiny, _, _ = gram.spectra(a, random(4, 20, seed=1) * 1e-200)  # its Gram matrix underflows
     np.testing.assert_allclose(tiny, dense(a, random(4, 20, seed=1)) * 1e-200, rtol=1e-9)
+
+
+def test_a_pool_of_threads_has_a_blas_without_any():
+    before = threads.threads()
+    threads.set_threads(2)
+    try:
+        inside = threads.each(lambda _: threads.threads(), range(4))
+        assert inside == [1] * 4 and threads.each(lambda x: x * x, [3, 2, 1]) == [9, 4, 1]
+        assert threads.threads() == (2 if threads.control() else 1)
+        with pytest.raises(ZeroDivisionError):
+            threads.each(lambda x: 1 // x, [0])
+        assert threads.threads() == (2 if threads.control() else 1)
+    finally:
+        threads.set_threads(before)
 
 
 # Formats
@@ -182,6 +202,7 @@ BROKEN = {
     "a torn header": (lambda whole: whole[:20], "only the start"),
     "no safetensors": (lambda whole: b"PK\x03\x04" + bytes(200), "safetensors"),
     "another type": (lambda whole: whole.replace(b"F32", b"I32"), "its type I32"),
+    "another shape": (lambda whole: whole.replace(b"[9,4]", b"[9,5]"), "does not fit its shape"),
     "foreign": (lambda whole: whole.replace(b".lora_b", b".lokr_b"), "is not a LoRA factor"),
     "no tensors": (lambda whole: b"\x02" + bytes(7) + b"{}", "no tensors"),
 }

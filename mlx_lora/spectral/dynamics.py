@@ -5,9 +5,7 @@ A look costs R×R matrices. Of an adapter with very many (experts), some are loo
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from mlx_lora.adapter.mapped import widened
 from mlx_lora.spectral.gram import spectra
 from mlx_lora.spectral.metrics import LoRADynamicsMetrics, effective_rank, kappa
 from mlx_lora.spectral.spectrum import Pair, finite, real
+from mlx_lora.spectral.threads import each
 
 FILE = "spectra.jsonl"
 MOST = 256  # pairs of a look
@@ -51,8 +50,7 @@ BY_MODULE = [f for f in Look.__dataclass_fields__ if f not in ("step", "rank_uti
 def look(step: int, pairs: Sequence[Pair], gradients: Mapping[str, Any]) -> Look:
     """The adapter now. `gradients` are running means of them, by `module.factor`."""
     chosen = [pairs[i] for i in sorted({*np.linspace(0, len(pairs) - 1, MOST).astype(int)})]
-    with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1)) as pool:
-        rows = list(pool.map(lambda pair: glance(pair, gradients), chosen))
+    rows = each(lambda pair: glance(pair, gradients), chosen)
     found = {
         key: {p.name: row[key] for p, row in zip(chosen, rows, strict=True)} for key in rows[0]
     }

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from mlx_lora.spectral.names import natural, split_expert
 from mlx_lora.spectral.read import of_folder, of_model
 from mlx_lora.spectral.spectrum import Pair, measure
 from mlx_lora.spectral.structure import structure, suggested_rank
+from mlx_lora.spectral.threads import each
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -63,9 +62,8 @@ class LoRAAnalyzer:
         found = sorted(self.read(), key=lambda pair: natural(pair.name))
         if self.model is not None:
             self.measure_bases(found, tell)
-        with ThreadPoolExecutor(min(len(found), os.cpu_count() or 1)) as pool:
-            measured = pool.map(measure, found)
-            adapters = {pair.name: m for pair, m in zip(found, measured, strict=True)}
+        measured = each(measure, found)
+        adapters = {pair.name: m for pair, m in zip(found, measured, strict=True)}
         sigmas = None if self.model is None else {n: self._bases[n][0] for n in adapters}
         for name, m in adapters.items() if sigmas else ():
             frobenius = self._bases[name][1]
