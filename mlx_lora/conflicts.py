@@ -125,8 +125,8 @@ def notices(experiment: Experiment) -> list[str]:
             )
         if loop.method == "es" and loop.es.sigma is None and loop.es.perturb_scale > 0.3:
             found.append(
-                f"es.perturb_scale {loop.es.perturb_scale:g} moves every adapted weight by that share "
-                "of its own size: above 0.3 members often write garble. 1.0 does not mean `as usual`"
+                f"es.perturb_scale {loop.es.perturb_scale:g} moves every adapted weight by that "
+                "share of its size: above 0.3 members often write garble"
             )
         if dropout != loop.dropout:
             found.append(
