@@ -22,7 +22,10 @@ PANELS = {  # metric -> title, height in inches; drawn in this order where it wa
     "loss": ("loss, nats per token", 1.9),
     "kl": ("KL to the reference policy, nats per token", 1.0),
     "perplexity": ("perplexity of plain text", 0.8),
-    "fitness_correlation": ("fitness on one half of the problems against the other, correlation", 0.9),
+    "fitness_correlation": (
+        "fitness on one half of the problems against the other, correlation",
+        0.9,
+    ),
     "update_norm": ("length of the update", 0.8),
     "distance": ("distance of the factors from their start", 0.8),
     "scale": ("scale of the adapter", 0.8),
