@@ -252,7 +252,7 @@ class Es(Block):
     """Use every perturbation with both signs, which cancels half of the noise."""
     init_scale: Positive = 1.0
     """Gain of A at the start. B starts at zero, so generation 0 is the base model."""
-    perturb_scale: NotNegative = 0.03
+    perturb_scale: NotNegative = 0.15
     """RMS of a perturbation of the weights over the RMS of the weights, per layer."""
     sigma: NotNegative | None = None
     """In place of perturb_scale: standard deviation in the factor's units, one for all layers."""
@@ -262,13 +262,13 @@ class Es(Block):
     """Which factor is perturbed and learns: lora_b, or both in turns, never at once."""
     turn: Count = 25
     """Generations of a turn."""
-    step_scale: Positive = 0.5
+    step_scale: Positive = 1.5
     """Size of an update: step_scale · sigma / sqrt(population), falling linearly to 0."""
     anchor: Portion = 0.0
     """Share of the distance from the start that each update takes back: forgetting less."""
     fitness: str = "z_score"
     """How rewards become weights of the update: `mlx-lora ls fitness`"""
-    samples_per_generation: Count = 32
+    samples_per_generation: Count = 64
     """Problems each member solves; the same ones for all members of a generation."""
     test_samples: Count = 100
     """Held-out problems of each evaluation."""

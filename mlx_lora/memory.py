@@ -168,7 +168,7 @@ def foretell(config: Mapping[str, Any], e: Stage, prompt: int) -> Foretold:
     )
 
 
-def rows_of(e: Stage) -> int:
+def rollouts_of(e: Stage) -> int:
     """Completions of a step."""
     if e.method == "es":
         return e.es.population * e.es.samples_per_generation
@@ -178,7 +178,7 @@ def rows_of(e: Stage) -> int:
 def as_rollouts(e: Stage) -> Stage:
     """A stage of ES in the words of GRPO: every completion has a prompt of its own."""
     alone = e.grpo.model_copy(update={"group_size": 1})
-    return e.model_copy(update={"batch_size": rows_of(e), "grpo": alone})
+    return e.model_copy(update={"batch_size": rollouts_of(e), "grpo": alone})
 
 
 def noise_bytes(weights: Any, e: Stage) -> int:
@@ -378,7 +378,7 @@ def told(config: Mapping[str, Any], e: Stage, prompt: int) -> dict[str, Any]:
 
 def advice(config: Mapping[str, Any], e: Stage, prompt: int) -> list[str]:
     """Changes that make the peak smaller, with the peak that each leads to alone."""
-    rows, now = rows_of(e), foretell(config, e, prompt).peak
+    rows, now = rollouts_of(e), foretell(config, e, prompt).peak
     width = min(e.rollout.width, rows) // 2
     halved = e.es.model_copy(update={"population": e.es.population // 4 * 2})
     tries = {

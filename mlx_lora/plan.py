@@ -19,8 +19,7 @@ from mlx_lora.errors import ModelError
 from mlx_lora.experiment import task_name, validated
 from mlx_lora.footprint import watched
 from mlx_lora.lessons import lasting, lessons_of, refuse_few
-from mlx_lora.memory import rows_of as rows_at_once
-from mlx_lora.memory import told
+from mlx_lora.memory import rollouts_of, told
 from mlx_lora.models import Loaded, encode_prompt
 from mlx_lora.optimizers import optimizer_of
 from mlx_lora.prepare import attach, load
@@ -111,7 +110,7 @@ def counts(e: Stage) -> dict[str, Any]:
     """What the config alone says."""
     if not e.is_rl:
         return {"steps": e.iters}
-    rollouts = rows_at_once(e)
+    rollouts = rollouts_of(e)
     return {"steps": e.iters, "rollouts_per_step": rollouts, "rollouts": rollouts * e.iters} | (
         {"rollouts_of_evaluations": of_evaluations(e)} if e.method == "es" else {}
     )

@@ -134,6 +134,27 @@ stages:
 """
 
 
+EVOLVED = """
+model: demo
+method: es
+task: countdown
+init: activations
+lora_parameters: {rank: 1, scale: 2.0}
+iters: 2
+es: {population: 6, samples_per_generation: 16, perturb_scale: 0.15}
+rollout: {max_tokens: 12, temperature: 1.0}
+eval: {n: 8}
+monitor: {every: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def evolved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evolved")
+    experiment.run(config.from_text(EVOLVED), folder, console(quiet=True))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory) -> config.Experiment:
     """Three of them: on rows, on rejection samples, and GRPO."""
@@ -164,11 +185,12 @@ FILES = (
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_holds_the_documented_keys(run, staged, name):
+def test_a_file_holds_the_documented_keys(run, staged, evolved, name):
     stages = [f"stages/{stage}/metrics.jsonl" for stage in ("1_sft", "3_grpo")]
     more = {"metrics.jsonl": stages, "summary.json": ["summary.json"]}
     more["evals.jsonl"] = ["stages/1_sft/evals.jsonl"]
     files = [run / name, *(staged / other for other in more.get(name, []))]
+    files += [evolved / name] if name == "metrics.jsonl" else []
     found = set().union(*(emitted(document) for file in files for document in read(file)))
     if name == "summary.json":
         found = {key for key in found if not key.startswith("stages[].")} | {"stages"}
@@ -226,6 +248,7 @@ def test_an_alert_holds_the_documented_keys():
 def test_the_plan_and_the_doctor_print_the_documented_keys(stages):
     quiet = console(quiet=True)
     planned = emitted(plan(config.from_text(YAML), quiet)) | emitted(plan(stages, quiet))
+    planned |= emitted(plan(config.from_text(EVOLVED), quiet))
     planned = {key.removeprefix("stages[].") for key in planned} | {"stages"}
     assert planned == documented("train --dry-run --json")
     assert emitted(examine()) == documented("doctor --json")

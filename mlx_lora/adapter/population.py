@@ -130,43 +130,44 @@ def grow(model: nn.Module, gain: float) -> None:
 
 @dataclass(frozen=True)
 class Seating:
-    """Rows [B] in groups of equal size, one group a matrix. None: they lie so already."""
+    """Rows [B] in groups of equal size, one group a matrix."""
 
     rows: int
     groups: int
-    row_at: np.ndarray | None  # [groups · seats], of an empty seat any
-    seat_of: np.ndarray | None  # [B]
+    moves: "Moves | None" = None  # None: the rows lie so already
+
+
+@dataclass(frozen=True)
+class Moves:
+    """How rows come to their seats and back."""
+
+    row_at: np.ndarray  # [groups · seats], of an empty seat any
+    seat_of: np.ndarray  # [B]
 
     @cached_property
-    def row_at_mx(self) -> mx.array:
-        assert self.row_at is not None, "rows lie in their seats"
-        return mx.array(self.row_at)
-
-    @cached_property
-    def seat_of_mx(self) -> mx.array:
-        assert self.seat_of is not None, "rows lie in their seats"
-        return mx.array(self.seat_of)
+    def arrays(self) -> tuple[mx.array, mx.array]:
+        return mx.array(self.row_at), mx.array(self.seat_of)
 
 
 def seated(group_of_B: Sequence[int], groups: int) -> Seating:
     """Where each row sits: groups in order, rows within a group in theirs, the largest decides.
 
-    >>> s = seated([0, 1, 0], 2)
-    >>> s.row_at.tolist(), s.seat_of.tolist()
+    >>> moves = seated([0, 1, 0], 2).moves
+    >>> moves.row_at.tolist(), moves.seat_of.tolist()
     ([0, 2, 1, 0], [0, 2, 1])
     """
     order = np.argsort(np.array(group_of_B), kind="stable")
     counts = np.bincount(np.array(group_of_B), minlength=groups)
     seats, rows = int(counts.max()), len(group_of_B)
     if seats * groups == rows and np.array_equal(order, np.arange(rows)):
-        return Seating(rows, groups, None, None)
+        return Seating(rows, groups)
     first = np.concatenate([[0], np.cumsum(counts)[:-1]])
     place = (
         np.arange(rows) - np.repeat(first, counts) + np.repeat(np.arange(groups), counts) * seats
     )
     row_at, seat_of = np.zeros(groups * seats, np.int64), np.zeros(rows, np.int64)
     row_at[place], seat_of[order] = order, place
-    return Seating(rows, groups, row_at, seat_of)
+    return Seating(rows, groups, Moves(row_at, seat_of))
 
 
 @dataclass
@@ -177,7 +178,7 @@ class Crowd:
     members: int
     factor: Factor
     prompts: Sequence[int] = ()
-    seating: Seating = Seating(0, 0, None, None)
+    seating: Seating = Seating(0, 0)
     parts: dict[tuple[int, int], Seating] = field(default_factory=dict)
 
     def sit(self, prompts: Sequence[int]) -> None:
@@ -287,21 +288,22 @@ def batched(x: mx.array, w_PKO: mx.array, seating: Seating) -> mx.array:
 
     A head may get all rows on one axis: what counts is their order.
     """
-    if seating.row_at is None:
+    if seating.moves is None:
         y_PNO = x.reshape(seating.groups, -1, x.shape[-1]) @ w_PKO
         return y_PNO.reshape(*x.shape[:-1], -1)
+    row_at, seat_of = seating.moves.arrays
     x_BLK = x.reshape(seating.rows, -1, x.shape[-1])
-    x_PNK = x_BLK[seating.row_at_mx].reshape(seating.groups, -1, x.shape[-1])
-    y_BLO = (x_PNK @ w_PKO).reshape(-1, x_BLK.shape[1], w_PKO.shape[-1])[seating.seat_of_mx]
+    x_PNK = x_BLK[row_at].reshape(seating.groups, -1, x.shape[-1])
+    y_BLO = (x_PNK @ w_PKO).reshape(-1, x_BLK.shape[1], w_PKO.shape[-1])[seat_of]
     return y_BLO.reshape(*x.shape[:-1], -1)
 
 
 def batched_numpy(x_NK: np.ndarray, w_PKO: mx.array, seating: Seating) -> np.ndarray:
     """`batched` in NumPy: [N, O]."""
     k, o = w_PKO.shape[1:]
-    if seating.row_at is None or seating.seat_of is None:
+    if seating.moves is None:
         return (x_NK.reshape(seating.groups, -1, k) @ view(w_PKO)).reshape(-1, o)
     x_BX = x_NK.reshape(seating.rows, -1)
-    x_PNK = x_BX.take(seating.row_at, axis=0).reshape(seating.groups, -1, k)
-    y_SX = (x_PNK @ view(w_PKO)).reshape(len(seating.row_at), -1)
-    return y_SX.take(seating.seat_of, axis=0).reshape(-1, o)
+    x_PNK = x_BX.take(seating.moves.row_at, axis=0).reshape(seating.groups, -1, k)
+    y_SX = (x_PNK @ view(w_PKO)).reshape(len(seating.moves.row_at), -1)
+    return y_SX.take(seating.moves.seat_of, axis=0).reshape(-1, o)
