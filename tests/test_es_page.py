@@ -1,4 +1,4 @@
-"""docs/es.md: its keys and defaults are the code's, its experiment is valid, its figures measured."""
+"""docs/es.md: its keys and defaults are the code's, its experiment valid, its figures measured."""
 
 import json
 import re
