@@ -63,7 +63,7 @@ def test_an_export_that_is_not_the_same_leaves_nothing(trained, tmp_path, monkey
 
 
 def test_an_import_brings_back_what_was_exported(trained, tmp_path):
-    export(trained, "peft", tmp_path / "peft")
+    written(trained, "peft", tmp_path / "peft", models.load("demo"))
     found = import_peft(tmp_path / "peft", tmp_path / "back", model="demo")
     assert found.report.measured.bitwise_identical
     _, ours = files.read(trained)
@@ -122,7 +122,7 @@ def test_rows_are_turned_for_llama_alone_and_back():
 
 
 def test_the_gguf_file_says_what_llama_cpp_wants(trained, tmp_path):
-    export(trained, "gguf", tmp_path / "g")
+    written(trained, "gguf", tmp_path / "g", models.load("demo"))
     stored, about = mx.load(str(tmp_path / "g" / "adapter.gguf"), return_metadata=True)
     assert about["general.architecture"] == "llama"
     assert (about["general.type"], about["adapter.type"]) == ("adapter", "lora")
