@@ -15,7 +15,8 @@ from mlx_lora.ship import export as exporting
 from mlx_lora.ship import gguf_files, peft_files
 from mlx_lora.ship.export import NotSame, export, import_peft
 from mlx_lora.ship.formats import FORMATS, Target
-from mlx_lora.ship.trained import read
+from mlx_lora.ship.switch import put_on
+from mlx_lora.ship.trained import load_base, read, refuse_other_base
 from tests.tiny import COMMON, IDS, tiny_loaded
 
 LOUD = {"init": "gaussian", "init_options": {"std": 0.05}}
@@ -93,8 +94,6 @@ def test_ranks_that_differ_survive_every_format(to, tmp_path):
     fresh = tiny_loaded()
     fresh.config.update(COMMON)
     target = written(folder, to, tmp_path / to, fresh)
-    from mlx_lora.ship.switch import put_on
-
     put_on(fresh.model, FORMATS[to].read_back(target))
     assert np.allclose(logits(fresh.model), wanted, atol=1e-5)
     if to in ("peft", "universal"):
@@ -210,8 +209,6 @@ class TestTheBase:
         config["base"]["model_type"] = "qwen3"
         config["base"]["sketch"] = config["base"]["sketch"][::-1]
         files.write(config, tensors, tmp_path / "a")
-        from mlx_lora.ship.trained import refuse_other_base
-
         with pytest.raises(AdapterError) as refused:
             refuse_other_base(read(tmp_path / "a"), tiny_loaded())
         text = str(refused.value)
@@ -239,8 +236,6 @@ class TestTheBase:
         assert all(mx.array_equal(weights[k], back[k]) for k in weights)
         assert bases.compare(bases.recorded(folder), again) == ([], [])
         trained = read(folder)
-        from mlx_lora.ship.trained import load_base
-
         loaded, notices = load_base(trained, "demo")
         assert not notices and loaded.config["quantization"]["bits"] == 3
 
