@@ -83,7 +83,7 @@ def test_a_system_prompt_reaches_the_model(folder):
 
 
 def test_a_tokenizer_without_a_template_is_an_error_before_sampling(folder, monkeypatch):
-    monkeypatch.setattr(exam, "load", lambda stage: tiny_loaded())
+    monkeypatch.setattr(exam, "load", lambda stage, adapter: tiny_loaded())
     with pytest.raises(ModelError, match="no chat template"):
         graded(request("x", "jsonl", ["path=rows.jsonl", "system=s"], n=2, max_tokens=3))
     with pytest.raises(TaskError, match=r"rows\.jsonl:\d+: the prompt's \d+ tokens and 250"):
@@ -105,7 +105,7 @@ def test_where_the_task_comes_from_is_clear(folder, name, task, words):
 
 
 def test_bad_input_is_found_before_a_model_is_loaded(folder, monkeypatch):
-    monkeypatch.setattr(exam, "load", lambda stage: pytest.fail("loaded a model"))
+    monkeypatch.setattr(exam, "load", lambda stage, adapter: pytest.fail("loaded a model"))
     for task, option in (("jsonl", []), ("jsonl", ["path=no.jsonl"]), ("cuontdown", [])):
         with pytest.raises(UserError):
             graded(request("demo", task, option, n=1, max_tokens=1))

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from typer.testing import CliRunner
 
 from mlx_lora import models
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, lora_layers
+from mlx_lora.cli import app
 from mlx_lora.errors import AdapterError
 from mlx_lora.progress import console
 from mlx_lora.ship.fuse import Refused, fuse
@@ -65,9 +67,10 @@ def test_a_fused_model_that_the_check_refuses_is_not_left(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_the_command_exits_with_1_and_one_document(faint, tmp_path, run_cli):
-    done = run_cli("fuse", faint, "--out", tmp_path / "o", "--model", "demo", "--json")
-    assert done.returncode == 1
+def test_the_command_exits_with_1_and_one_document(faint, tmp_path):
+    options = ["--out", str(tmp_path / "o"), "--model", "demo", "--json"]
+    done = CliRunner().invoke(app, ["fuse", str(faint), *options])
+    assert done.exit_code == 1
     assert not json.loads(done.stdout)["written"]
 
 

@@ -15,7 +15,8 @@ from mlx_lora.ship import export as exporting
 from mlx_lora.ship import gguf_files, peft_files
 from mlx_lora.ship.export import NotSame, export, import_peft
 from mlx_lora.ship.formats import FORMATS, Target
-from mlx_lora.ship.trained import read
+from mlx_lora.ship.switch import put_on
+from mlx_lora.ship.trained import load_base, read, refuse_other_base
 from tests.tiny import COMMON, IDS, tiny_loaded
 
 LOUD = {"init": "gaussian", "init_options": {"std": 0.05}}
@@ -63,7 +64,7 @@ def test_an_export_that_is_not_the_same_leaves_nothing(trained, tmp_path, monkey
 
 
 def test_an_import_brings_back_what_was_exported(trained, tmp_path):
-    export(trained, "peft", tmp_path / "peft")
+    written(trained, "peft", tmp_path / "peft", models.load("demo"))
     found = import_peft(tmp_path / "peft", tmp_path / "back", model="demo")
     assert found.report.measured.bitwise_identical
     _, ours = files.read(trained)
@@ -93,8 +94,6 @@ def test_ranks_that_differ_survive_every_format(to, tmp_path):
     fresh = tiny_loaded()
     fresh.config.update(COMMON)
     target = written(folder, to, tmp_path / to, fresh)
-    from mlx_lora.ship.switch import put_on
-
     put_on(fresh.model, FORMATS[to].read_back(target))
     assert np.allclose(logits(fresh.model), wanted, atol=1e-5)
     if to in ("peft", "universal"):
@@ -122,7 +121,7 @@ def test_rows_are_turned_for_llama_alone_and_back():
 
 
 def test_the_gguf_file_says_what_llama_cpp_wants(trained, tmp_path):
-    export(trained, "gguf", tmp_path / "g")
+    written(trained, "gguf", tmp_path / "g", models.load("demo"))
     stored, about = mx.load(str(tmp_path / "g" / "adapter.gguf"), return_metadata=True)
     assert about["general.architecture"] == "llama"
     assert (about["general.type"], about["adapter.type"]) == ("adapter", "lora")
@@ -210,8 +209,6 @@ class TestTheBase:
         config["base"]["model_type"] = "qwen3"
         config["base"]["sketch"] = config["base"]["sketch"][::-1]
         files.write(config, tensors, tmp_path / "a")
-        from mlx_lora.ship.trained import refuse_other_base
-
         with pytest.raises(AdapterError) as refused:
             refuse_other_base(read(tmp_path / "a"), tiny_loaded())
         text = str(refused.value)
@@ -239,8 +236,6 @@ class TestTheBase:
         assert all(mx.array_equal(weights[k], back[k]) for k in weights)
         assert bases.compare(bases.recorded(folder), again) == ([], [])
         trained = read(folder)
-        from mlx_lora.ship.trained import load_base
-
         loaded, notices = load_base(trained, "demo")
         assert not notices and loaded.config["quantization"]["bits"] == 3
 

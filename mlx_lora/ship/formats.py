@@ -1,5 +1,6 @@
 """The formats: what each can hold, how it is written, and how MLX reads it back for the proof."""
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -59,8 +60,6 @@ def write_peft(trained: Trained, target: Target) -> None:
 def write_universal(trained: Trained, target: Target) -> None:
     """Both tensors files, and one config that both read. `rank_pattern` means the same to both."""
     write_mlx(trained, target)
-    import json
-
     about = json.loads((target.folder / files.CONFIG).read_text(encoding="utf-8"))
     names = embeddings(trained, target.loaded)
     peft_files.write(trained, target.folder, target.base, names, about)
