@@ -3,6 +3,7 @@
 mlx-lm's own order is the default, so that a run that moves over from it takes the same steps.
 """
 
+import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -22,7 +23,7 @@ PADDING = 0  # the id that mlx-lm fills rows up with
 def batches(texts: Sequence[Text], e: Stage, valid: int = 0) -> Iterator[list[Row]]:
     """The rows of step 0, of step 1 ... without end: a function of (seed, step)."""
     if e.sft.packing:
-        packed = first_fit(texts, e.max_seq_length)
+        packed = best_fit(texts, e.max_seq_length)
         for step in itertools.count():
             yield draw(packed, step, e.batch_size, e.seed)
     elif e.order == "mlx_lm":
@@ -55,23 +56,25 @@ def validates_at(e: Stage, step: int) -> bool:
     return step == 0 or (step + 1) % e.steps_per_eval == 0 or step + 1 == e.iters
 
 
-def first_fit(texts: Sequence[Text], limit: int) -> list[Row]:
-    """Texts in rows of up to `limit` tokens, longest first, each into the first row with room.
+def best_fit(texts: Sequence[Text], limit: int) -> list[Row]:
+    """Texts in rows of up to `limit` tokens, longest first, each where it leaves the least room.
 
-    >>> rows = first_fit([Text((1,) * n, 1) for n in (3, 5, 2, 6)], 8)
+    >>> rows = best_fit([Text((1,) * n, 1) for n in (3, 5, 2, 6)], 8)
     >>> [[len(t.ids) for t in row] for row in rows]
     [[6, 2], [5, 3]]
     """
     rows: list[list[Text]] = []
-    rooms: list[int] = []
+    rooms: list[tuple[int, int]] = []  # free tokens and number of each row, sorted
     for text in sorted(texts, key=lambda t: -len(t.ids)):
         size = len(text.ids)
-        at = next((i for i, room in enumerate(rooms) if room >= size), len(rows))
-        if at == len(rows):
+        place = bisect.bisect_left(rooms, (size, -1))
+        if place < len(rooms):
+            room, at = rooms.pop(place)
+        else:
+            room, at = limit, len(rows)
             rows.append([])
-            rooms.append(limit)
         rows[at].append(text)
-        rooms[at] -= size
+        bisect.insort(rooms, (room - size, at))
     return list(rows)
 
 

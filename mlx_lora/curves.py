@@ -69,7 +69,9 @@ def panel(axes: "Axes", history: History, name: str) -> None:
             axes.fill_between(steps, low, high, color=USED, alpha=0.12, lw=0, label="members")
         axes.plot(steps, values, ".", color=USED, alpha=0.35, markersize=4)
         axes.plot(steps, running_mean(values), color=USED, label=f"mean of {WINDOW} steps")
+        begun, first = column(history, "valid_loss_before")
         valid_steps, valid = column(history, "valid_loss")
+        valid_steps, valid = np.append(begun - 0.5, valid_steps), np.append(first, valid)
         if name == "loss" and len(valid):
             axes.plot(valid_steps, valid, "o-", color=WARNING, markersize=4, label="held out")
         axes.legend(frameon=False, fontsize=8, loc="best")

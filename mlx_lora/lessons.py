@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mlx_lora import data, models, packing
-from mlx_lora.batches import first_fit
+from mlx_lora.batches import best_fit
 from mlx_lora.data import Text, context_of
 from mlx_lora.errors import ConfigError
 from mlx_lora.formats import lesson_of
@@ -82,7 +82,7 @@ def lasting(e: Stage, texts: Sequence[Text]) -> Stage:
     """The stage with its length in steps, where it was given in epochs."""
     if e.epochs is None:
         return e
-    rows = len(first_fit(texts, e.max_seq_length)) if e.sft.packing else len(texts)
+    rows = len(best_fit(texts, e.max_seq_length)) if e.sft.packing else len(texts)
     return e.model_copy(update={"iters": math.ceil(e.epochs * rows / e.batch_size)})
 
 
@@ -164,7 +164,7 @@ def left_out(made: Mapping[str, Sequence[Text]], e: Stage) -> Iterator[str]:
             "whole (`sft: {order: shuffled}` takes all)"
         )
     if e.sft.packing:
-        rows = first_fit(made["train"], e.max_seq_length)
+        rows = best_fit(made["train"], e.max_seq_length)
         full = sum(len(t.ids) for t in made["train"]) / (len(rows) * e.max_seq_length)
         yield f"{len(made['train']):,} texts are packed into {len(rows):,} rows, {full:.0%} full"
     if "valid" not in made and not e.rejection_sampling:

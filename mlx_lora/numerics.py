@@ -28,9 +28,10 @@ def target_logps(logits_BSV: mx.array, targets_BS: mx.array) -> mx.array:
     >>> target_logps(mx.zeros((1, 1, 2)), mx.array([[1]])).exp().tolist()
     [[0.5]]
     """
+    at_BS1 = mx.stop_gradient(targets_BS)[..., None]  # a checkpoint asks for all gradients
     if cpu.fast():
-        return mx.take_along_axis(log_softmax(logits_BSV), targets_BS[..., None], axis=-1)[..., 0]
-    chosen_BS = mx.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
+        return mx.take_along_axis(log_softmax(logits_BSV), at_BS1, axis=-1)[..., 0]
+    chosen_BS = mx.take_along_axis(logits_BSV, at_BS1, axis=-1)[..., 0]
     return chosen_BS - mx.logsumexp(logits_BSV, axis=-1)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mlx_lora import models, sft
 from mlx_lora.adapter.attach import blocks
-from mlx_lora.batches import first_fit
+from mlx_lora.batches import best_fit
 from mlx_lora.config import Experiment, Stage
 from mlx_lora.data import training_texts
 from mlx_lora.errors import ModelError
@@ -49,6 +49,8 @@ def plan(experiment: Experiment, console: Console) -> dict[str, Any]:
         "task": task_name(experiment),
         "tried": here,
     }
+    if not experiment.first.train:
+        return about | {"steps": 0}
     if here:
         loaded = load(experiment.first)
         attach(loaded, experiment)
@@ -201,7 +203,7 @@ def cost_of_sft(loaded: Loaded, e: Stage, task: Task | None) -> dict[str, Any]:
     loop = sft.train(loaded, texts, two, optimizer_of(two), Clock(), lambda step, metrics: None)
     next(loop)
     _, learnt = timed(lambda: next(loop))
-    rows = first_fit(texts, e.max_seq_length) if e.sft.packing else texts
+    rows = best_fit(texts, e.max_seq_length) if e.sft.packing else texts
     tokens = round(sum(len(t.ids) - t.start for t in texts) / len(rows) * e.batch_size)
     return {
         "steps": steps,

@@ -23,6 +23,7 @@ learning_rate: 0.5
 iters: 6
 batch_size: 2
 lora_parameters: {rank: 4, scale: 4.0}
+sft: {order: shuffled, first_padding: false}
 scale_schedule: {name: linear, start: 0.1, until: 0.8}
 """
 STILL = EXPERIMENT.replace("scale_schedule:", "# no schedule:")

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora import cpu, packing, sft
 from mlx_lora.adapter.attach import attach, blocks
-from mlx_lora.batches import batches, first_fit, pack, pack_rows
+from mlx_lora.batches import batches, best_fit, pack, pack_rows
 from mlx_lora.config import from_text
 from mlx_lora.data import Text
 from mlx_lora.errors import ConfigError, ModelError
@@ -77,7 +77,7 @@ def test_a_model_that_cannot_is_refused(architecture, monkeypatch):
 
 
 def test_rows_hold_what_fits_and_every_text_once():
-    rows = first_fit(TEXTS, 24)
+    rows = best_fit(TEXTS, 24)
     assert all(sum(len(t.ids) for t in row) <= 24 for row in rows)
     assert sorted(t.ids for row in rows for t in row) == sorted(t.ids for t in TEXTS)
     e = Stage(sft={"packing": True}, batch_size=2, max_seq_length=24)  # type: ignore[arg-type]

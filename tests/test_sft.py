@@ -9,13 +9,15 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import default_loss
 
-from mlx_lora import cpu, data, models, sft
+from mlx_lora import cpu, data, models, sft, stages
 from mlx_lora.adapter.attach import attach
 from mlx_lora.data import Text
 from mlx_lora.errors import ConfigError
 from mlx_lora.lessons import lasting
 from mlx_lora.models import Loaded
 from mlx_lora.optimizers import Diverged, learning_rate, optimizer_of
+from mlx_lora.recompute import recomputed
+from mlx_lora.rl import vocabulary
 from mlx_lora.rl.checkpoints import Snapshot
 from mlx_lora.runlog import Clock
 from mlx_lora.schema import Stage
@@ -80,6 +82,61 @@ def test_padding_changes_neither_loss_nor_gradient():
     for index, (name, grad) in enumerate(tree_flatten(grads)):
         expected = sum(n * p[index][1] for n, p in zip(counts, pairs, strict=True)) / sum(counts)
         assert mx.allclose(grad, expected, rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize("way", ["by slope", "made again", "made again lazily"])
+def test_chunks_of_the_vocabulary_give_the_same_loss_and_gradient(way, monkeypatch):
+    model, batch = attached().model, sft.pack(TEXTS)
+    learn = nn.value_and_grad(model, sft.mean_loss)
+    whole, grads = learn(model, *batch)
+    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", {"cpu": 7 * 4 * 96, "gpu": 7 * 4 * 96})
+    chunks, real = [], sft.in_chunks
+    monkeypatch.setattr(sft, "in_chunks", lambda *given: chunks.append(1) or real(*given))
+    if way != "by slope":
+        monkeypatch.setattr(sft, "learns_outside_blocks", lambda model: True)
+    if way == "made again lazily":
+        monkeypatch.setattr(sft, "recomputed", lambda *a, at_once: recomputed(*a, at_once=False))
+    parts, again = learn(model, *batch)
+    assert chunks and parts.item() == pytest.approx(whole.item(), rel=1e-5)
+    for (name, a), (_, b) in zip(tree_flatten(grads), tree_flatten(again), strict=True):
+        assert mx.allclose(a, b, rtol=1e-3, atol=1e-6), name
+
+
+def test_accumulated_batches_move_as_the_mean_of_their_gradients():
+    """Two batches of one length, or one of both rows."""
+    texts = [Text(t.ids[:5], 1) for t in TEXTS[:2]]
+    keys = {"optimizer": "sgd", "iters": 2, "sft": {"first_padding": False}}
+    two = attached()
+    seen = run(two, stage(batch_size=1, grad_accumulation_steps=2, **keys), texts)
+    one = attached()
+    (whole,) = run(one, stage(batch_size=2, **keys | {"iters": 1}), texts)
+    a, b = weights(one), weights(two)
+    assert all(np.allclose(a[k], b[k], atol=1e-6) for k in a)
+    assert "grad_norm" not in seen[0] and seen[1]["grad_norm"] == pytest.approx(whole["grad_norm"])
+
+
+def test_gradients_by_module_are_reported_when_due():
+    heard = []
+    e = stage(iters=4, monitor={"every": 2})
+    seen = run(attached(), e, report_norms=lambda step, norms: heard.append((step, norms)))
+    assert [step for step, _ in heard] == [1, 3]
+    assert [s for s, m in enumerate(seen) if "grad_largest_share" in m] == [1, 3]
+    total = np.sqrt(np.square(list(heard[0][1].values())).sum())
+    assert total == pytest.approx(seen[1]["grad_norm"], rel=1e-4)
+
+
+def test_free_memory_is_let_go_as_mlx_lm_does(monkeypatch):
+    cleared = []
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 1000)
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(1))
+    for threshold, method, expected in ((0, "sft", 1), (999, "sft", 1), (1000, "sft", 0)):
+        stages.let_go(Stage(method=method, clear_cache_threshold=threshold))  # type: ignore[arg-type]
+        assert len(cleared) == expected
+        cleared.clear()
+    for threshold, expected in ((0, 0), (999, 1)):
+        stages.let_go(Stage(method="grpo", clear_cache_threshold=threshold))
+        assert len(cleared) == expected
+        cleared.clear()
 
 
 def test_rows_are_packed_by_what_counts():
