@@ -57,7 +57,8 @@ def data_conflicts(top: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         for key in changed(top, (*FEATURES, "data")):
             where = "give it inside of it" if key != "data" else "give one of them"
             yield (key,), f"is not read where there is hf_dataset: {where}"
-    options, optimizer = top.get("optimizer_config"), top.get("optimizer", "adam")
+    usual = "sgd" if top.get("method") == "es" else "adam"
+    options, optimizer = top.get("optimizer_config"), top.get("optimizer", usual)
     if isinstance(options, dict) and isinstance(optimizer, str):
         for name, given_options in options.items():
             if given_options and str(name).lower() != optimizer.lower():

@@ -39,6 +39,7 @@ def measure(pairs: int) -> dict[str, Any]:
     from mlx_lora.caches import nobody
     from mlx_lora.decode import Row, decode
     from mlx_lora.models import encode_prompt
+    from mlx_lora.runlog import Clock
     from mlx_lora.sampling import drawer_of
     from mlx_lora.tasks import load_task
 
@@ -65,6 +66,7 @@ def measure(pairs: int) -> dict[str, Any]:
                 closes=lambda ids: False,
                 ended=lambda row: None,
                 sit=sit,
+                clock=Clock(),
             )
 
     def in_one_batch() -> None:

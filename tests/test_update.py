@@ -395,7 +395,7 @@ def test_only_groups_with_a_spread_are_chosen_and_never_too_many():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "rollout", scripted)
-        sampled, chosen = grpo.sample(loaded, task, samples, e, step=1)
+        sampled, chosen = grpo.sample(loaded, task, samples, e, 1, Clock())
     assert calls == [[0, 1, 2, 3], [4, 5, 6, 7]], "numbers go on; the third round is not needed"
     assert len(sampled) == 8 and [sampled.index(g) for g in chosen] == [0, 1, 2, 4]
 
