@@ -148,7 +148,10 @@ def test_the_update_is_the_weighted_mean_of_the_directions():
 
 def test_a_reward_for_short_text_makes_text_shorter():
     loaded = attached()
-    e = of("iters=16", "es.population=16", "es.samples_per_generation=1", "es.perturb_scale=0.8")
+    e = of(
+        "iters=16", "es.population=16", "es.samples_per_generation=1", "es.perturb_scale=0.8",
+        "rollout.max_tokens=16",
+    )  # fmt: skip
     seen = generations(loaded, scored(length), e)
     rewards = [m["fitness_mean"] for m in seen]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.04

@@ -1,4 +1,4 @@
-"""docs/es.md: its keys and defaults are the code's, its experiment is valid, its figures measured."""
+"""docs/es.md: keys and defaults are the code's, the experiment is valid, figures were measured."""
 
 import json
 import re
