@@ -103,7 +103,7 @@ def heat(axes: "Axes", grid: np.ndarray, colours: str, limit: float = math.inf) 
         if np.isnan(value):
             continue
         text = f"{value:.1f}" if 1 <= value < 10 else f"{value:.3g}"
-        look = {"color": "white" if place[y, x] > 0.75 else INK}
+        look: dict[str, Any] = {"color": "white" if place[y, x] > 0.75 else INK}
         look["weight"] = "bold" if value > limit else "normal"
         axes.text(x, y, text, ha="center", va="center", size=7.5, **look)
 
