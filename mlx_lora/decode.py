@@ -58,8 +58,8 @@ def decode(
     drawer: Drawer,
     closes: Callable[[list[int]], bool],
     ended: Callable[[Row], None],
-    clock: Clock,
     sit: Sit = nobody,
+    clock: Clock | None = None,
 ) -> None:
     """Write all rows to their ends, `width` at a time; `ended` hears of each when it does.
 
@@ -68,6 +68,7 @@ def decode(
     `clock` gets the rows `prefill` and `decode`.
     """
     split, waiting, live = split_head(model), deque(rows), None
+    clock = clock or Clock()
     opened: dict[int, tuple[Bucket, int]] = {}
     while waiting or live:
         if fills(alive(live), len(waiting), width):

@@ -79,7 +79,7 @@ def generate(
                 closes=closes,
                 ended=ended,
                 sit=sit,
-                clock=clock or Clock(),
+                clock=clock,
             )
     return [found[p] for p in range(len(prompts))]
 

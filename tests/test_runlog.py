@@ -199,7 +199,7 @@ def test_rows_add_up_and_nested_blocks_are_not_counted_twice():
 
 def test_the_parts_of_a_resumed_run_add_up(tmp_path):
     time = Time()
-    log = RunLog(tmp_path)
+    log, saved = RunLog(tmp_path), {}
     for part, decode in enumerate((2, 5), start=1):
         clock = Clock(now=time, start=time())
         time.pass_by(1)  # in neither block

@@ -231,7 +231,6 @@ def test_what_stages_cannot_do_together_is_refused_at_once(tmp_path):
     [
         ("init: gaussian", "scale_schedule: linear does not go with the init gaussian"),
         ("stages: []\nscale_schedule: kl_budget\ndata: x", "looks at the KL"),
-        ("stages: []\nmethod: es", "method es is not available"),
         ("stages: []\nfine_tune_type: full", "fine_tune_type full"),
         ("stages: []\ndata: nowhere", "no file or folder nowhere"),
         ("stages: []\nlora_parameters: {type: spline}", "lora_parameters.type"),

@@ -72,7 +72,12 @@ def train(
 
 
 def sample(
-    loaded: Loaded, task: Task, samples: Sequence[Sample], e: Stage, step: int, clock: Clock
+    loaded: Loaded,
+    task: Task,
+    samples: Sequence[Sample],
+    e: Stage,
+    step: int,
+    clock: Clock | None = None,
 ) -> tuple[list[Group], list[Group]]:
     """All groups that were sampled in a step, and those to learn from.
 
