@@ -21,6 +21,7 @@ from mlx_lora.numerics import BELOW
 from mlx_lora.recompute import untraced
 
 WORTH = 1 << 22  # multiplications that are worth a thread
+BLOCK = 32  # tokens of the vocabulary that are summed first
 LARGE = 1 << 16  # elements that are worth one
 MERGED_BYTES = 1 << 28  # of all merged matrices together
 SILENT = np.errstate(all="ignore")  # a broken adapter may hold NaN: as silent as MLX is about it
@@ -131,12 +132,29 @@ def log_softmax_vjp(primals, cotangent, output):
     return mx.array(g - np.exp(view(output)) * g.sum(axis=-1, keepdims=True))
 
 
-def drawn(logps_BV: mx.array, uniform_B: mx.array) -> tuple[mx.array, mx.array]:
-    """See numerics.drawn."""
-    cdf_BV = np.cumsum(np.exp(view(logps_BV)), axis=-1)
-    aim_B1 = view(uniform_B)[:, None] * cdf_BV[:, -1:] * np.float32(BELOW)
-    ids_B = np.count_nonzero(cdf_BV <= aim_B1, axis=-1).astype(np.uint32)
-    return mx.array(ids_B), mx.array(view(logps_BV)[np.arange(len(ids_B)), ids_B])
+@SILENT
+def drawn(logits_BV: mx.array, uniform_B: mx.array) -> tuple[mx.array, mx.array]:
+    """See numerics.drawn. The function is summed by blocks, of which one is looked into."""
+    logits_BV, (count, size) = view(logits_BV), logits_BV.shape
+    wide, each = -(-size // BLOCK), np.arange(count)
+    p_BV = np.zeros((count, wide * BLOCK), np.float32)
+    highest_B1 = logits_BV.max(axis=-1, keepdims=True)
+    np.exp(np.subtract(logits_BV, highest_B1, out=p_BV[:, :size]), out=p_BV[:, :size])
+    p_BKC = p_BV.reshape(count, wide, BLOCK)
+    cdf_BK = np.cumsum(p_BKC.sum(axis=-1), axis=-1)
+    aim_B1 = view(uniform_B)[:, None] * cdf_BK[:, -1:] * np.float32(BELOW)
+    block_B = np.count_nonzero(cdf_BK <= aim_B1, axis=-1)
+    before_B1 = np.where(block_B > 0, cdf_BK[each, block_B - 1], 0)[:, None]
+    inside_BC = before_B1 + np.cumsum(p_BKC[each, block_B], axis=-1)
+    place_B = np.count_nonzero(inside_BC <= aim_B1, axis=-1)
+    ids_B = block_B * BLOCK + np.minimum(place_B, last(p_BKC[each, block_B]))
+    logps_B = logits_BV[each, ids_B] - highest_B1[:, 0] - np.log(cdf_BK[:, -1])
+    return mx.array(ids_B.astype(np.uint32)), mx.array(logps_B.astype(np.float32))
+
+
+def last(p_BC: np.ndarray) -> np.ndarray:
+    """The last place [B] in each row where something is possible."""
+    return p_BC.shape[1] - 1 - np.argmax(p_BC[:, ::-1] > 0, axis=-1)
 
 
 def token_scores(logits_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:

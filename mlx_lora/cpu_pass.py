@@ -17,6 +17,7 @@ from mlx_lora.cpu_threads import slices, spread
 
 KEPT = 1 << 24  # bytes of probabilities kept for the way back; more are made again
 LEAST = 256  # tokens of a part that is worth a thread
+MANY = 512  # tokens for which adapters are merged: it costs less than the branch beside
 Grads = dict[int, list[np.ndarray]]  # of an adapter's a and b, by its place
 
 
@@ -43,6 +44,8 @@ def one_piece(parts: Parts, mask: Any, starts_B: np.ndarray) -> Any:
         factors = iter(map(view, others[len(others) - count :]))
         pairs = {id(p): (next(factors), next(factors)) for p in parts.adapted}
         whole = Held(parts, x.shape, pairs)
+        if x.shape[0] * x.shape[1] >= MANY:
+            whole.merged = {id(p): merged(p, *pairs[id(p)]) for p in parts.adapted if p.scale}
         whole.mask = view(mask) if isinstance(mask, mx.array) else mask
         whole.angles = turning(parts, starts_B, x.shape[1])
         held[:] = [part_of(whole, part) for part in slices(len(x), -(-LEAST // x.shape[1]))]
@@ -73,7 +76,15 @@ def part_of(whole: "Held", rows: slice) -> "Held":
         mask = mine(mask)
     cos, sin = map(mine, whole.angles)
     shape = rows.stop - rows.start, t, d
-    return Held(whole.parts, shape, whole.factors, rows, mask, (cos, sin))
+    return Held(whole.parts, shape, whole.factors, whole.merged, rows, mask, (cos, sin))
+
+
+@SILENT
+def merged(p: Product, a_IR: np.ndarray, b_RO: np.ndarray) -> np.ndarray:
+    """W + scale · (a b)ᵀ [O, I]: for many tokens the cheapest way to multiply by both."""
+    weight_OI = (np.float32(p.scale) * b_RO.T) @ a_IR.T
+    weight_OI += p.weight_OI
+    return weight_OI
 
 
 @dataclass
@@ -83,6 +94,7 @@ class Held:
     parts: Parts
     shape: tuple[int, ...]  # B, T, D
     factors: Mapping[int, tuple[np.ndarray, np.ndarray]]  # a [I, R] and b [R, O] of each adapter
+    merged: Mapping[int, np.ndarray] = field(default_factory=dict)  # W + scale · (a b)ᵀ [O, I]
     rows: slice = field(default_factory=lambda: slice(None))  # of the call's rows
     mask: Any = None
     angles: tuple[np.ndarray, ...] = ()  # cosines and sines [B or 1, T, 1, units / 2]
@@ -177,10 +189,10 @@ def backward(
 
 
 def times(h: Held, x_NI: np.ndarray, p: Product) -> np.ndarray:
-    y_NO = x_NI @ p.weight_OI.T
+    y_NO = x_NI @ h.merged.get(id(p), p.weight_OI).T
     if p.bias_O is not None:
         y_NO += p.bias_O
-    if p.a_IR is not None and p.scale:
+    if p.a_IR is not None and p.scale and id(p) not in h.merged:
         a_IR, b_RO = h.factors[id(p)]
         z_NR = h.inner[id(p)] = x_NI @ a_IR
         update_NO = z_NR @ b_RO
@@ -193,7 +205,7 @@ def times(h: Held, x_NI: np.ndarray, p: Product) -> np.ndarray:
 
 def back(h: Held, grads: Grads, g_NO: np.ndarray, x_NI: np.ndarray, p: Product) -> np.ndarray:
     """The gradient of the product's input; those of its adapter are put into `grads`."""
-    x_bar = g_NO @ p.weight_OI
+    x_bar = g_NO @ h.merged.get(id(p), p.weight_OI)
     if p.a_IR is None:
         return x_bar
     a_IR, b_RO = h.factors[id(p)]
@@ -202,8 +214,10 @@ def back(h: Held, grads: Grads, g_NO: np.ndarray, x_NI: np.ndarray, p: Product) 
         return x_bar
     g_NR = g_NO @ b_RO.T
     g_NR *= np.float32(p.scale)
-    x_bar += g_NR @ a_IR.T
-    b_bar = h.inner[id(p)].T @ g_NO
+    if id(p) not in h.merged:
+        x_bar += g_NR @ a_IR.T
+    z_NR = h.inner[id(p)] if id(p) in h.inner else x_NI @ a_IR
+    b_bar = z_NR.T @ g_NO
     b_bar *= np.float32(p.scale)
     grads[id(p)] = [x_NI.T @ g_NR, b_bar]
     return x_bar

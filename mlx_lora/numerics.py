@@ -54,7 +54,7 @@ def entropy(logps: mx.array) -> mx.array:
     return -(exp(still) * still).sum(axis=-1)
 
 
-def drawn(logps_BV: mx.array, uniform_B: mx.array) -> tuple[mx.array, mx.array]:
+def drawn(logits_BV: mx.array, uniform_B: mx.array) -> tuple[mx.array, mx.array]:
     """Ids [B] drawn by the inverse of the distribution function, and their log-probabilities [B].
 
     The last value of that function is 1 up to rounding; the aim stays below it, so that it never
@@ -66,7 +66,8 @@ def drawn(logps_BV: mx.array, uniform_B: mx.array) -> tuple[mx.array, mx.array]:
     if cpu.fast():
         from mlx_lora import cpu_layers
 
-        return cpu_layers.drawn(logps_BV, uniform_B)
+        return cpu_layers.drawn(logits_BV, uniform_B)
+    logps_BV = log_softmax(logits_BV)
     cdf_BV = mx.cumsum(mx.exp(logps_BV), axis=-1)
     ids_B = mx.sum(cdf_BV <= uniform_B[:, None] * cdf_BV[:, -1:] * BELOW, axis=-1)
     return ids_B, mx.take_along_axis(logps_BV, ids_B[:, None], axis=-1)[:, 0]

@@ -45,8 +45,9 @@ def drawer_of(temperature: float, top_p: float = 1.0, top_k: int = 0) -> Drawer:
         return ids_B, pick(log_softmax(logits_BV), ids_B)
 
     def inverse_cdf(logits_BV: mx.array, uniform_B: mx.array) -> tuple[mx.array, mx.array]:
-        logps_BV = sampling_logps(logits_BV, temperature, top_p, top_k)
-        return drawn(logps_BV, uniform_B)
+        if top_p == 1 and not top_k:
+            return drawn(logits_BV if temperature == 1 else logits_BV / temperature, uniform_B)
+        return drawn(sampling_logps(logits_BV, temperature, top_p, top_k), uniform_B)
 
     return greedy if temperature == 0 else inverse_cdf
 
