@@ -25,7 +25,7 @@ def block(parts: Parts, x_BTD: mx.array, mask: Any, layer_cache: Any) -> mx.arra
     """The block's output [B, T, D]; the cache, if any, holds these tokens afterwards."""
     offset = 0 if layer_cache is None else layer_cache.offset
     starts_B = np.reshape(np.array(offset, np.int32), -1)
-    past = [] if layer_cache is None or layer_cache.keys is None else layer_cache.keys_and_values()
+    past = layer_cache.keys_and_values() if layer_cache is not None and layer_cache.size() else []
     adapters = [x for p in parts.adapted for x in (p.a_IR, p.b_RO)]
     y_BTD, keys, values = one_piece(parts, mask, starts_B)(x_BTD, *past, *adapters)
     if layer_cache is not None:

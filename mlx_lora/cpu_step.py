@@ -19,7 +19,7 @@ from mlx_lora.cpu_block import Beside, Parts, Product, normed
 from mlx_lora.cpu_layers import SILENT, rows, sigmoid, view
 from mlx_lora.cpu_threads import slices, spread
 
-LEAST = 16  # rows that are worth a thread
+LEAST = 64  # rows that are worth a thread: fewer cost more in waiting than they gain
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def step(s: Stacked, x_B1D: mx.array, mask: mx.array | None, layer_cache: Any) -
     x_BD, room, here = rows(view(x_B1D)), roomy(layer_cache), count_of(layer_cache)
     places_B = np.broadcast_to(np.array(layer_cache.offset, np.int32), len(x_BD))
     seen = None if mask is None else view(mask)
-    added = None if seen is None or seen.all() else as_added(seen)
+    added = None if seen is None or (seen.dtype == bool and seen.all()) else as_added(seen)
     y_BD = np.empty_like(x_BD)
 
     def part(rows: slice) -> None:

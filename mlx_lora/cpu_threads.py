@@ -12,9 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-from threadpoolctl import ThreadpoolController
-
-from mlx_lora.cpu import LIBRARIES
+import numpy as np
+from threadpoolctl import LibController, ThreadpoolController
 
 Part = TypeVar("Part")
 Found = TypeVar("Found")
@@ -26,12 +25,18 @@ def workers() -> int:
 
     From the first call on, that BLAS has one. The system's, which MLX calls, keeps its own.
     """
-    blas = ThreadpoolController().select(user_api="blas").lib_controllers
-    numpys = [library for library in blas if Path(library.filepath).name not in LIBRARIES]
-    count = max((library.num_threads for library in numpys), default=1)
-    for library in numpys:
+    count = max((library.num_threads or 1 for library in numpys_blas()), default=1)
+    for library in numpys_blas():
         library.set_num_threads(1)
     return count
+
+
+def numpys_blas() -> list[LibController]:
+    """Those that lie in NumPy's own folders."""
+    blas = ThreadpoolController().select(user_api="blas").lib_controllers
+    site = Path(np.__file__).resolve().parents[1]
+    own = site / "numpy", site / "numpy.libs"
+    return [b for b in blas if any(Path(b.filepath).resolve().is_relative_to(x) for x in own)]
 
 
 @cache

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from mlx_lora import models, sft
-from mlx_lora.adapter.attach import blocks
+from mlx_lora.adapter.attach import blocks, remember_start
 from mlx_lora.batches import best_fit
 from mlx_lora.config import Experiment, Stage
 from mlx_lora.data import training_texts
@@ -34,6 +34,7 @@ from mlx_lora.runlog import Clock
 from mlx_lora.sources import sources_of
 from mlx_lora.types import Group, Sample, Task
 
+ROLLING = ("rollout", "noise", "prefill", "decode", "reward")  # rows of the clock
 Result = TypeVar("Result")
 
 
@@ -58,7 +59,7 @@ def plan(experiment: Experiment, console: Console) -> dict[str, Any]:
     else:
         loaded = None
     costs = [
-        (cost(loaded, e, task) if loaded else counts(e)) | memory(config, loaded, e, task)
+        (cost(loaded, e, task) if loaded else counts(e, task)) | memory(config, loaded, e, task)
         for e, task in zip(experiment.loops, tasks, strict=True)
     ]
     if not experiment.stages:
@@ -108,20 +109,21 @@ def guessed_length(prompt: Any) -> int:
     return len(text) // 3 + 16
 
 
-def counts(e: Stage) -> dict[str, Any]:
+def counts(e: Stage, task: Task | None) -> dict[str, Any]:
     """What the config alone says."""
     if not e.is_rl:
         return {"steps": e.iters}
     rollouts = rollouts_of(e)
     return {"steps": e.iters, "rollouts_per_step": rollouts, "rollouts": rollouts * e.iters} | (
-        {"rollouts_of_evaluations": of_evaluations(e)} if e.method == "es" else {}
+        {"rollouts_of_evaluations": of_evaluations(e, task)} if e.method == "es" and task else {}
     )
 
 
-def of_evaluations(e: Stage) -> int:
+def of_evaluations(e: Stage, task: Task) -> int:
     """Completions of all evaluations: each problem greedily and sampled, before, after, between."""
     while_training = -(-e.iters // e.eval.every) if e.eval.every else 0
-    return 2 * (2 * e.eval.n + while_training * e.es.test_samples)
+    whole, some = (len(task.load("test", n, 0)) for n in (e.eval.n, e.es.test_samples))
+    return (1 + max(1, task.kl_samples)) * (2 * whole + while_training * some)
 
 
 def cost(loaded: Loaded, e: Stage, task: Task | None) -> dict[str, Any]:
@@ -130,6 +132,7 @@ def cost(loaded: Loaded, e: Stage, task: Task | None) -> dict[str, Any]:
             found = cost_of_sft(loaded, e, task)
         else:
             assert task is not None, "the config requires a task for RL"
+            remember_start(loaded.model)  # from disk, or a stage before has moved it
             found = (cost_of_es if e.method == "es" else cost_of_grpo)(loaded, e, task)
         return found | {"peak_memory_mb": round(peak() / 1e6)}
 
@@ -165,16 +168,16 @@ def cost_of_es(loaded: Loaded, e: Stage, task: Task) -> dict[str, Any]:
     list(loop)
     metrics = reports[0][1]
     seconds = {row["name"]: row["seconds"] for row in clock.report()["rows"]}
-    tokens, known = int(metrics["tokens_sampled"]), counts(e)
-    rate = seconds["rollout"] / known["rollouts_per_step"]
-    evaluating = rate * known["rollouts_of_evaluations"]
+    tokens, known = int(metrics["tokens_sampled"]), counts(e, task)
+    rolling = sum(seconds.get(name, 0.0) for name in ROLLING)
+    evaluating = rolling / known["rollouts_per_step"] * known["rollouts_of_evaluations"]
     update = seconds.get("update", 0.0)
     return known | {
         "tokens_per_step": tokens,
         "tokens": tokens * e.iters,
-        "seconds_rollout": round(seconds["rollout"], 2),
+        "seconds_rollout": round(rolling, 2),
         "seconds_learning": round(update, 2),
-        "minutes": round((seconds["rollout"] + update) * e.iters / 60, 1),
+        "minutes": round((rolling + update) * e.iters / 60, 1),
         "minutes_of_evaluations": round(evaluating / 60, 1),
     }
 

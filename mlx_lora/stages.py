@@ -170,7 +170,7 @@ def train(
         start = checkpoints.load(saved[-1], model, optimizer)
         memory = checkpoints.recall(saved[-1])
         recorder.remember()
-    start = together(start, model, optimizer, recorder)
+    start, memory = together(start, model, optimizer, recorder), distributed.agreed(memory)
     contest = Contest(
         e,
         exam(e, prepared, task),

@@ -160,8 +160,8 @@ def bad_inputs(tmp):
         "not writable": (["train", good, "--run-dir", locked / "run"], ["file"]),
         "missing config": (["train", tmp / "no.yaml"], ["no.yaml"]),
         "ignored key": (
-            ["train", config("i.yaml", SMALL + "clear_cache_threshold: 5\n")],
-            ["clear_cache_threshold"],
+            ["train", config("i.yaml", SMALL + "test: true\n")],
+            ["does not act on test"],
         ),
         "flags beside a config": (["check", good, "--init", "gaussian"], ["--init"]),
         "prompt rows": (

@@ -85,6 +85,22 @@ def test_only_an_mlp_that_computes_swiglu_is_made_fast(monkeypatch):
         assert (type(model.layers[0].mlp).__name__ == "FastMLP") == fast, architecture
 
 
+def test_an_mlp_that_clamps_is_left_alone(monkeypatch):
+    monkeypatch.setattr(cpu, "_mode", "numpy")
+    model = tiny("llama", bits=4)
+    kind = type(model.layers[0].mlp)
+
+    class Clamped(kind):
+        def __call__(self, x):
+            gate = mx.minimum(self.gate_proj(x), 10)
+            return self.down_proj(nn.silu(gate) * mx.clip(self.up_proj(x), -10, 10))
+
+    model.layers[0].mlp.__class__ = Clamped
+    cpu.accelerate(model)
+    assert type(model.layers[0].mlp) is Clamped
+    assert type(model.layers[1].mlp).__name__ == "FastMLP"
+
+
 def test_low_precision_stays_on_the_plain_path(monkeypatch):
     monkeypatch.setattr(cpu, "_mode", "numpy")
     model, plain = tiny(bits=4, dtype=mx.bfloat16), tiny(bits=4, dtype=mx.bfloat16)

@@ -1,7 +1,5 @@
 """A block as one piece of NumPy: the same values, gradients and caches as the block's own."""
 
-from pathlib import Path
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import BatchKVCache, KVCache
-from threadpoolctl import ThreadpoolController
 
 from mlx_lora import cpu, cpu_block, cpu_pass, cpu_step, cpu_threads, models
 from mlx_lora.adapter.attach import attach, switched_off
@@ -185,6 +182,19 @@ class TestWhoGoesItsOwnWay:
             cpu.accelerate(model)
             assert self.taken(monkeypatch, model) == 0, architecture
 
+    def test_a_block_that_is_called_in_another_way_is_left_alone(self):
+        model = tiny("llama", bits=4)
+        kind = type(model.layers[0])
+
+        class Scaled(kind):
+            def __call__(self, x, scale, mask=None, cache=None):
+                return super().__call__(x * scale, mask, cache)
+
+        for block in model.layers:
+            block.__class__ = Scaled
+        cpu.accelerate(model)
+        assert all(type(block) is Scaled for block in model.layers)
+
     def test_a_block_that_computes_something_else_is_left_alone(self, monkeypatch):
         model = tiny("llama", bits=4)
         kind = type(model.layers[0])
@@ -280,6 +290,17 @@ class TestStep:
                 mx.eval(outputs)
         assert mx.array_equal(*outputs)
 
+    def test_numbers_as_a_mask_are_added(self):
+        (model, block), (_, plain) = pair()
+        mask = mx.array([-1.0, -0.5, -1e9, -2.0, -0.25]).reshape(1, 1, 1, 5)
+        found = []
+        for b in (block, plain):
+            kept = batch_cache()
+            with cpu.decoding(model):
+                found.append(b(tokens(length=1), mask, kept))
+                mx.eval(found)
+        close(*found)
+
     def test_stacked_matrices_are_bounded(self, monkeypatch):
         (model, _), _ = pair()
         monkeypatch.setattr(cpu_block, "STACKED_BYTES", 1)
@@ -301,9 +322,8 @@ class TestStep:
 
 def test_threads_are_as_many_as_blas_was_given_and_each_has_one():
     assert cpu_threads.workers() >= 1
-    infos = ThreadpoolController().select(user_api="blas").info()
-    numpys = [i for i in infos if Path(i["filepath"]).name not in cpu.LIBRARIES]
-    assert numpys and all(i["num_threads"] == 1 for i in numpys)
+    assert [library.num_threads for library in cpu_threads.numpys_blas()] == [1]
+    assert all("numpy" in library.filepath for library in cpu_threads.numpys_blas())
     assert cpu_threads.spread(lambda part: part.stop, cpu_threads.slices(10, 100)) == [10]
     with pytest.raises(ZeroDivisionError):
         cpu_threads.spread(lambda n: 1 // n, [1, 0])

@@ -1,5 +1,6 @@
 """Evolution strategies: what a generation does, whole runs, what is refused before the first."""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lora import config, experiment, models
+from mlx_lora import config, distributed, experiment, models
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, lora_layers
 from mlx_lora.errors import AdapterError, ConfigError, RewardError
@@ -127,7 +128,7 @@ def test_one_factor_moves_at_a_time_and_b_first():
 
 
 def test_the_update_is_the_weighted_mean_of_the_directions():
-    """By hand, with a momentum's first step and the way back to the start."""
+    """By hand, with the way back to the start."""
     loaded = attached()
     e = of("iters=1", "es.anchor=0.25", "es.population=4")
     noise, anchor = es.noise_of(e, 0), es.factors(loaded.model)
@@ -157,20 +158,46 @@ def test_a_reward_for_short_text_makes_text_shorter():
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.04
 
 
-def test_a_population_asks_every_member_the_same_problems_in_any_split():
-    """Adam, uniform noise, no pairs: nothing else changes."""
+def test_every_member_meets_the_same_problems_on_one_machine_or_two(monkeypatch):
+    loaded, task = attached(), load_task("countdown")
+    e = of("es.population=5", "es.antithetic=false", "es.noise=uniform", "rollout.temperature=1.0")
+    samples = task.load("train", 8, 0)
+    noise, sigmas = es.noise_of(e, 0), es.sizes(loaded.model, e, "lora_b")
+
+    def tried():
+        return es.tried(loaded, task, samples, e, noise, sigmas, Clock())
+
+    groups = tried()
+    assert [g.sample for g in groups] == list(samples)
+    for group in groups:
+        assert len(group.rollouts) == len(group.rewards) == 5
+        assert len({r.prompt_ids for r in group.rollouts}) == 1
+    parts = []
+    for rank in (0, 1):  # what each of two machines would say
+        monkeypatch.setattr(distributed, "size", lambda: 2)
+        monkeypatch.setattr(distributed, "mine", lambda all_, rank=rank: all_[rank::2])
+        monkeypatch.setattr(distributed, "everything", lambda said: parts.append(said()) or [])
+        with contextlib.suppress(IndexError):
+            tried()
+    texts = [[r["text"] for r in member["rollouts"]] for part in parts for member in part]
+    order = [0, 2, 4, 1, 3]
+    for place, member in enumerate(order):
+        assert texts[place] == [g.rollouts[member].text for g in groups]
+
+
+def test_adam_steps_by_the_size_that_was_asked_for():
+    """Its gradient has length 1 for any population, so the rate brings the population in."""
+    plain, adam = of("es.population=16"), of("es.population=16", "optimizer=adam")
+    assert es.rate(plain, 0) == 2 and es.rate(adam, 0) == 0.5
+    assert es.rate(plain, 3) == 0.5
     loaded = attached()
-    e = of(
-        "es.population=5",
-        "es.antithetic=false",
-        "es.noise=uniform",
-        "optimizer=adam",
-        "iters=2",
-        "es.perturb_scale=0.6",
-    )
-    seen = generations(loaded, load_task("countdown"), e)
-    assert all(m["pass_at_group"] >= m["accuracy"] for m in seen)
-    assert seen[-1]["distance"] > 0
+    seen = generations(loaded, scored(length), of("optimizer=adam", "iters=1", "es.population=6"))
+    assert seen[0]["distance"] > 0
+
+
+def test_rewards_that_come_to_the_same_are_no_difference():
+    rewards_PG = np.array([[0.01, 0.06], [0.05, 0.0]])
+    assert not any(fitnesses.bind(name, {})(rewards_PG).any() for name in fitnesses)
 
 
 @pytest.mark.parametrize("name", list(fitnesses))
@@ -211,8 +238,12 @@ RESTLESS = (  # so that every generation has something to learn, and state to lo
 )  # fmt: skip
 
 
-def test_a_killed_run_resumed_equals_an_uninterrupted_one_bitwise(tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole", *RESTLESS)
+MOMENTUM = ("optimizer=sgd", "optimizer_config={sgd: {momentum: 0.9}}")
+
+
+@pytest.mark.parametrize("more", [(), MOMENTUM], ids=["adam", "momentum"])
+def test_a_killed_run_resumed_equals_an_uninterrupted_one_bitwise(tmp_path, monkeypatch, more):
+    whole = run(tmp_path / "whole", *RESTLESS, *more)
     real = es.train
 
     def cut_short(*args, **options):
@@ -223,10 +254,10 @@ def test_a_killed_run_resumed_equals_an_uninterrupted_one_bitwise(tmp_path, monk
 
     monkeypatch.setattr(es, "train", cut_short)
     with pytest.raises(Cut):
-        run(tmp_path / "cut", *RESTLESS)
+        run(tmp_path / "cut", *RESTLESS, *more)
     assert len(read(tmp_path / "cut")) == 3
     monkeypatch.setattr(es, "train", real)
-    resumed = run(tmp_path / "cut", *RESTLESS, resume=True)
+    resumed = run(tmp_path / "cut", *RESTLESS, *more, resume=True)
     metrics = read(tmp_path / "whole")
     assert read(tmp_path / "cut") == metrics
     assert sum("update_norm" in m for m in metrics) >= 3, "it should have learnt"
@@ -265,12 +296,14 @@ def test_a_plan_counts_what_a_run_will_ask(tmp_path, monkeypatch):
     assert found["rollouts_per_step"] == 6 * 8 and found["rollouts"] == 7000 * 6 * 8
     assert found["rollouts_of_evaluations"] == 2 * (2 * 8 + 3 * 10)
     assert found["tokens"] == 7000 * found["tokens_per_step"] > 0
-    assert found["minutes"] > 0 and found["memory_learning_mb"] == 0
+    assert found["seconds_rollout"] > 0.05 and found["memory_learning_mb"] == 0
+    assert found["minutes"] >= 0.9 * found["seconds_rollout"] * 7000 / 60
     assert not list(tmp_path.iterdir())
 
 
-def test_two_processes_learn_what_one_does(tmp_path, run_cli):
-    """Six members, two processes: no gradient is exchanged, and the adapter is the same bits."""
+def test_two_processes_learn_what_one_does(tmp_path, run_cli, monkeypatch):
+    """Ten members, two processes: no gradient is exchanged, and the adapter is the same bits."""
+    monkeypatch.setenv("MLX_LORA_CPU", "plain")
     path = tmp_path / "run.yaml"
     path.write_text(YAML)
     options = ("-o", "iters=3", "-o", "es.population=10")
@@ -279,8 +312,7 @@ def test_two_processes_learn_what_one_does(tmp_path, run_cli):
     arguments = ("-m", "mlx_lora", "train", path, "--run-dir", tmp_path / "two", "--json", *options)
     first, second = together(tmp_path, *arguments)
     assert second == "" and json.loads(first)["accuracy_after"] is not None
-    for a, b in zip(read(tmp_path / "one"), read(tmp_path / "two"), strict=True):
-        assert a == pytest.approx(b, abs=1e-5, rel=1e-4)
+    assert read(tmp_path / "one") == read(tmp_path / "two")
     assert same(tensors(tmp_path / "one"), tensors(tmp_path / "two"))
     assert not same(tensors(tmp_path / "one", "adapters/initial"), tensors(tmp_path / "one"))
 
@@ -329,3 +361,10 @@ def test_a_reward_that_is_not_finite_ends_the_run():
     task = scored(lambda text: float("nan"))
     with pytest.raises(RewardError, match=r"nan|finite"):
         generations(attached(), replace(task, low=0.0, high=1.0), of("iters=1"))
+
+
+def test_what_was_trained_before_can_be_planned(tmp_path):
+    """From disk, or after a stage that moves the model: generation 0 is not the base then."""
+    run(tmp_path / "run", "iters=2", "rollout.temperature=1.0", "es.perturb_scale=0.6")
+    found = plan(of(f"resume_adapter_file={tmp_path / 'run' / 'adapters'}"), console(quiet=True))
+    assert found["tried"] and found["rollouts_per_step"] == 48

@@ -7,8 +7,9 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.tuner.lora import LoRASwitchLinear
 
-from mlx_lora import cpu, models
+from mlx_lora import cpu, cpu_pass, cpu_step, cpu_threads, models
 from mlx_lora.adapter.attach import attach, lora_layers
 from mlx_lora.adapter.population import (
     Noise,
@@ -74,9 +75,14 @@ def alone(loaded, noise, member, asked, **options):
 
 
 @pytest.mark.parametrize("factor", ["lora_b", "lora_a"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_population_writes_what_its_members_write_alone(factor, temperature):
+@pytest.mark.parametrize(("temperature", "threads"), [(0.0, 1), (1.0, 2)])
+def test_a_population_writes_what_its_members_write_alone(
+    factor, temperature, threads, monkeypatch
+):
     """Few rows at a time, so that they come and go: five problems, six members, eleven rows."""
+    monkeypatch.setattr(cpu_threads, "workers", lambda: threads)
+    for module in (cpu_step, cpu_pass):
+        monkeypatch.setattr(module, "LEAST", 1)
     loaded, asked = trained(), prompts(5)
     noise = Noise(3, 7, factor, antithetic=temperature == 0)
     before = {n: (m.lora_a, m.lora_b) for n, m in lora_layers(loaded.model).items()}
@@ -172,6 +178,11 @@ def test_layers_of_another_kind_are_named():
     model = tiny("llama", bits=4)
     attach(model, dora=True)
     with pytest.raises(AdapterError, match=r"(?s)q_proj \(DoRA layer\).*14 in all"):
+        refuse_unfit(model)
+    model = tiny("llama", bits=4)
+    attach(model, keys=["q_proj"])
+    model.layers[0].mlp.up_proj = LoRASwitchLinear(8, 8, 2)
+    with pytest.raises(AdapterError, match=r"up_proj \(mixture-of-experts layer\)"):
         refuse_unfit(model)
 
 

@@ -13,10 +13,11 @@ from mlx_lora.progress import console
 SHIPPED = config.shipped()
 # a few steps, small, and on the embedded model where the recipe is for a real one
 SHORT = ["rollout.max_tokens=8", "eval.n=4", "save_every=1", "check.samples=2"]
-STEPS = ["iters=2", "batch_size=2"]
+STEPS = ["iters=2"]
 SMALL = {
-    "grpo": ["grpo.group_size=2"],
-    "sft": ["max_seq_length=64", "val_batches=1", "test_batches=1"],
+    "grpo": ["batch_size=2", "grpo.group_size=2"],
+    "es": ["es.population=4", "es.samples_per_generation=2", "es.test_samples=2"],
+    "sft": ["batch_size=2", "max_seq_length=64", "val_batches=1", "test_batches=1"],
     "stages": [
         "stages.0.iters=1", "stages.1.iters=1", "stages.0.batch_size=2", "stages.1.batch_size=2",
         "stages.0.rejection_sampling.problems=8", "stages.1.grpo.group_size=2",

@@ -6,6 +6,7 @@ solve the same problems, and moves the factor toward those that did better. Afte
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from mlx_lora.runlog import Clock
 from mlx_lora.schema import Stage
 from mlx_lora.types import Group, Sample, Task
 
-POOL = 4096  # training problems kept; longer runs reshuffle them every epoch
+POOL = 4096  # training problems kept, at most but for a generation's; longer runs reshuffle them
 Sigmas = Mapping[str, float]  # by module
 Factors = Mapping[str, mx.array]  # by `<module>.<factor>`
 
@@ -72,7 +73,7 @@ def train(
         rewards_PG = rewards(groups)
         weights_G = fit(rewards_PG)
         metrics = describe(groups, rewards_PG) | measured(rewards_PG) | {"scale": scale_of(model)}
-        optimizer.learning_rate = e.es.step_scale * (1 - generation / e.iters)
+        optimizer.learning_rate = rate(e, generation)
         if weights_G.any():
             with clock.measure("update", kind="step"):
                 metrics |= update(model, optimizer, noise, sigmas, weights_G, anchor, e.es.anchor)
@@ -86,7 +87,14 @@ def train(
 
 def problems(task: Task, e: Stage) -> Sequence[Sample]:
     """Training problems, of which each generation draws some."""
-    return task.load("train", min(e.iters * e.es.samples_per_generation, POOL), e.seed)
+    once = e.es.samples_per_generation
+    return task.load("train", min(e.iters * once, max(POOL, once)), e.seed)
+
+
+def rate(e: Stage, generation: int) -> float:
+    """The optimizer's rate, in sigmas. To Adam all gradients are alike: the population comes in."""
+    usual = e.es.step_scale * (1 - generation / e.iters)
+    return usual / math.sqrt(e.es.population) if e.optimizer == "adam" else usual
 
 
 def refuse_shortage(task: Task, e: Stage) -> None:
@@ -101,6 +109,7 @@ def refuse_shortage(task: Task, e: Stage) -> None:
             lines.append(f"es.{key} is {wanted}; task {task.name} has {there} {split} problems")
     if lines:
         raise ConfigError("\n".join(lines), "Lower it, or give the task more problems.")
+    problems(task, e)  # which says itself what it lacks
 
 
 def noise_of(e: Stage, generation: int) -> Noise:

@@ -52,8 +52,8 @@ def global_std(rewards_PG: np.ndarray) -> np.ndarray:
 
 
 def means(rewards_PG: np.ndarray) -> np.ndarray:
-    """Each member's fitness [G]; equal rewards have equal means, to the bit."""
-    return np.array([np.mean(np.sort(rewards_P)) for rewards_P in rewards_PG.T])
+    """Each member's fitness [G]; equal means are equal to the bit, however they came about."""
+    return np.round(np.mean(rewards_PG, axis=0), 12)
 
 
 def standardised(values_G: np.ndarray) -> np.ndarray:
