@@ -180,7 +180,7 @@ def block_twin(parent: type) -> type:
         parts = parts_of(self)
         if parts is None:
             return parent.__call__(self, x, mask, cache)
-        return cpu_pass.block(parts, x, mask, cache)
+        return cpu_pass.block(parts, x, mask, cache, gradient=stacked is None)
 
     return type(f"Fast{parent.__name__}", (parent,), {"__call__": call, "_parent": parent})
 

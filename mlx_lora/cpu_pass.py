@@ -21,24 +21,29 @@ MANY = 512  # tokens for which adapters are merged: it costs less than the branc
 Grads = dict[int, list[np.ndarray]]  # of an adapter's a and b, by its place
 
 
-def block(parts: Parts, x_BTD: mx.array, mask: Any, layer_cache: Any) -> mx.array:
-    """The block's output [B, T, D]; the cache, if any, holds these tokens afterwards."""
+def block(
+    parts: Parts, x_BTD: mx.array, mask: Any, layer_cache: Any, *, gradient: bool = True
+) -> mx.array:
+    """The block's output [B, T, D]; the cache, if any, holds these tokens afterwards.
+
+    Without `gradient` nothing is kept for the way back, which an unused one would hold on to.
+    """
     offset = 0 if layer_cache is None else layer_cache.offset
     starts_B = np.reshape(np.array(offset, np.int32), -1)
     past = layer_cache.keys_and_values() if layer_cache is not None and layer_cache.size() else []
     adapters = [x for p in parts.adapted for x in (p.a_IR, p.b_RO)]
-    y_BTD, keys, values = one_piece(parts, mask, starts_B)(x_BTD, *past, *adapters)
+    piece = one_piece(parts, mask, starts_B, gradient=gradient)
+    y_BTD, keys, values = piece(x_BTD, *past, *adapters)
     if layer_cache is not None:
         layer_cache.update_and_fetch(keys, values)
     return y_BTD
 
 
-def one_piece(parts: Parts, mask: Any, starts_B: np.ndarray) -> Any:
+def one_piece(parts: Parts, mask: Any, starts_B: np.ndarray, *, gradient: bool) -> Any:
     """(x, [past keys and values,] *adapters) -> output, keys and values [B, G, T, C] of x."""
     held: list[Held] = []
     count = 2 * len(parts.adapted)
 
-    @mx.custom_function
     def piece(x, *others):
         x_BTD, *past = map(view, (x, *others[: len(others) - count]))
         factors = iter(map(view, others[len(others) - count :]))
@@ -52,7 +57,11 @@ def one_piece(parts: Parts, mask: Any, starts_B: np.ndarray) -> Any:
         made = spread(lambda h: forward(h, x_BTD[h.rows], [p[h.rows] for p in past]), held)
         return tuple(mx.array(joined(ys)) for ys in zip(*made, strict=True))
 
-    @piece.vjp
+    if not gradient:
+        return piece
+    taught: Any = mx.custom_function(piece)
+
+    @taught.vjp
     def piece_vjp(primals, cotangents, outputs):
         bars = list(map(view, cotangents))
         made = spread(lambda h: backward(h, *(bar[h.rows] for bar in bars)), held)
@@ -62,7 +71,7 @@ def one_piece(parts: Parts, mask: Any, starts_B: np.ndarray) -> Any:
         found = [*map(joined, found[:shared]), *map(sum, found[shared:])]
         return tuple(mx.array(bar.reshape(p.shape)) for bar, p in zip(found, primals, strict=True))
 
-    return piece
+    return taught
 
 
 def part_of(whole: "Held", rows: slice) -> "Held":

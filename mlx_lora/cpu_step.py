@@ -19,7 +19,9 @@ from mlx_lora.cpu_block import Beside, Parts, Product, normed
 from mlx_lora.cpu_layers import SILENT, rows, sigmoid, view
 from mlx_lora.cpu_threads import slices, spread
 
-LEAST = 64  # rows that are worth a thread: fewer cost more in waiting than they gain
+# Rows that are worth a thread: fewer cost more in waiting for the interpreter than they gain, and
+# what stands beside the products is of many small operations.
+LEAST = 64
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def step(s: Stacked, x_B1D: mx.array, mask: mx.array | None, layer_cache: Any) -
         kept = room.keys_BGSC[rows, :, : here + 1], room.values_BGSC[rows, :, : here + 1]
         y_BD[rows] = some_rows(s, x_BD[rows], places_B[rows].tobytes(), mine, kept, rows)
 
-    spread(part, slices(len(x_BD), LEAST))
+    alone = any(products.besides for products in (s.qkv, s.o, s.gate_up, s.down))
+    spread(part, slices(len(x_BD), len(x_BD) if alone else LEAST))
     advance(layer_cache)
     return mx.array(y_BD[:, None, :])
 

@@ -61,13 +61,13 @@ class Weights:
 
 FITTED = {
     "numpy": Weights(
-        held=(0, 3.7, 4.2, 0.4, 3.2),
-        outside=18.9,
+        held=(0, 3.7, 4.4, 0.5, 3.0),
+        outside=18.4,
         scoring=3.7,
         again=(0, 4.9, 4.8, 0, 19.9),
         kept=8.6,
         scoring_again=2.0,
-        decoding=(0.89, 0.25, 1.45, 4.48, 3.15),
+        decoding=(0.91, 0.09, 1.62, 1.77, 3.09),
     ),
     "plain": Weights(
         held=(18.4, 11.1, 9.2, 2.2, 4.4),

@@ -1,5 +1,8 @@
 """A block as one piece of NumPy: the same values, gradients and caches as the block's own."""
 
+import gc
+import weakref
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -168,7 +171,7 @@ class TestWhoGoesItsOwnWay:
     def taken(self, monkeypatch, model):
         calls = []
         real = cpu_pass.block
-        monkeypatch.setattr(cpu_pass, "block", lambda *a: calls.append(1) or real(*a))
+        monkeypatch.setattr(cpu_pass, "block", lambda *a, **k: calls.append(1) or real(*a, **k))
         mx.eval(models.logits(model, mx.array([[1, 2, 3]])))
         return len(calls)
 
@@ -300,6 +303,25 @@ class TestStep:
                 found.append(b(tokens(length=1), mask, kept))
                 mx.eval(found)
         close(*found)
+
+    def test_while_decoding_nothing_is_kept_for_a_way_back(self, monkeypatch):
+        (model, block), _ = pair()
+        alive = []
+        real = cpu_pass.Held.__init__
+
+        def noted(self, *given, **named):
+            real(self, *given, **named)
+            alive.append(weakref.ref(self))
+
+        monkeypatch.setattr(cpu_pass.Held, "__init__", noted)
+        kept = KVCache()
+        with cpu.decoding(model):
+            y = block(tokens(), "causal", kept)
+            gc.collect()
+            assert alive and not any(ref() for ref in alive)
+        y = block(tokens(), "causal", KVCache())
+        gc.collect()
+        assert any(ref() for ref in alive), y.shape
 
     def test_stacked_matrices_are_bounded(self, monkeypatch):
         (model, _), _ = pair()

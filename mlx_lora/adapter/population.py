@@ -175,25 +175,48 @@ class Crowd:
     """The members of a batch: whom each row belongs to, told before every forward."""
 
     member_of: Sequence[int]  # of each prompt, as a place among the members
-    members: int
+    direction_of: np.ndarray  # of each member, as a place among the directions
+    signs: np.ndarray  # of each member
     factor: Factor
     prompts: Sequence[int] = ()
-    seating: Seating = Seating(0, 0)
-    parts: dict[tuple[int, int], Seating] = field(default_factory=dict)
+    seating: Seating = Seating(0, 0)  # by member
+    pairs: dict[tuple[int, int], "Pairs"] = field(default_factory=dict)
 
     def sit(self, prompts: Sequence[int]) -> None:
         """The next forwards have a row of each of these prompts."""
         if prompts != self.prompts:
-            self.seating = seated([self.member_of[p] for p in prompts], self.members)
-            self.prompts, self.parts = prompts, {(0, len(prompts)): self.seating}
+            self.seating = seated([self.member_of[p] for p in prompts], len(self.signs))
+            self.prompts, self.pairs = prompts, {}
 
-    def of(self, rows: slice) -> Seating:
-        """How some of these rows sit, by themselves."""
+    def of(self, rows: slice) -> "Pairs":
+        """How some of these rows sit by direction."""
         asked = rows.start, rows.stop
-        if asked not in self.parts:
+        if asked not in self.pairs:
             members = [self.member_of[p] for p in self.prompts[rows]]
-            self.parts[asked] = seated(members, self.members)
-        return self.parts[asked]
+            directions, places = np.unique(self.direction_of[members], return_inverse=True)
+            first, last = int(directions[0]), int(directions[-1])
+            dense = last - first + 1 == len(directions)
+            self.pairs[asked] = Pairs(
+                seated(places.tolist(), len(directions)),
+                slice(first, last + 1) if dense else directions,
+                self.signs[members],
+            )
+        return self.pairs[asked]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows by the direction that their members take, with or against it."""
+
+    seating: Seating
+    directions: slice | np.ndarray  # that there are
+    signs_B: np.ndarray
+
+    def signed(self, z_NR: np.ndarray) -> np.ndarray:
+        """In place: N is rows times tokens."""
+        z_BLR = z_NR.reshape(len(self.signs_B), -1, z_NR.shape[-1])
+        z_BLR *= self.signs_B[:, None, None]
+        return z_NR
 
 
 @dataclass(frozen=True)
@@ -201,7 +224,7 @@ class Part:
     """What the crowd does to one layer. Arrays are lazy: each path computes those that it uses."""
 
     crowd: Crowd
-    shift_M: mx.array  # [members, *factor], scale times the noise of each
+    shift_K: mx.array  # [directions, *factor], scale times the noise of each
     factor_M: mx.array  # [members, *factor], the factor of each
 
 
@@ -223,19 +246,19 @@ def population(
     company(model)
     directions, signs = noise.of(members)
     used = sorted(set(directions))
-    drawn_M = mx.array([used.index(k) for k in directions])
-    crowd, layers = Crowd(member_of, len(members), noise.factor), lora_layers(model)
+    drawn_M = np.array([used.index(k) for k in directions])
+    crowd, layers = Crowd(member_of, drawn_M, signs, noise.factor), lora_layers(model)
     before = {name: type(layer) for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             master = layer[noise.factor]
-            noise_M = noise.drawn(name, used, master.shape)[drawn_M]
+            noise_K = noise.drawn(name, used, master.shape)
             sizes_M = mx.array(np.float32(sigmas[name]) * signs)
-            every_M = perturbed(master, noise_M, sizes_M)
-            shift_M = perturbed(mx.zeros_like(master), noise_M, layer.scale * sizes_M)
+            every_M = perturbed(master, noise_K[mx.array(drawn_M)], sizes_M)
+            shift_K = (layer.scale * np.float32(sigmas[name])) * noise_K
             if cpu.fast():
-                mx.eval(shift_M)  # here: threads only read
-            layer.__dict__["_part"] = Part(crowd, shift_M, every_M)
+                mx.eval(shift_K)  # here: threads only read
+            layer.__dict__["_part"] = Part(crowd, shift_K, every_M)
             layer.__class__ = population_twin(type(layer))
         yield crowd.sit
     finally:
@@ -254,10 +277,10 @@ def population_twin(parent: type) -> type:
 
     def beside(self: Any, x_NI: np.ndarray, rows: slice) -> np.ndarray:
         part: Part = self.__dict__["_part"]
-        seating = part.crowd.of(rows)
+        pairs = part.crowd.of(rows)
         if part.crowd.factor == "lora_b":
-            return batched_numpy(x_NI @ view(self.lora_a), part.shift_M, seating)
-        return batched_numpy(x_NI, part.shift_M, seating) @ view(self.lora_b)
+            return batched_numpy(pairs.signed(x_NI @ view(self.lora_a)), part.shift_K, pairs)
+        return pairs.signed(batched_numpy(x_NI, part.shift_K, pairs)) @ view(self.lora_b)
 
     def call(self: Any, x: mx.array) -> mx.array:
         part: Part = self.__dict__["_part"]
@@ -298,12 +321,13 @@ def batched(x: mx.array, w_PKO: mx.array, seating: Seating) -> mx.array:
     return y_BLO.reshape(*x.shape[:-1], -1)
 
 
-def batched_numpy(x_NK: np.ndarray, w_PKO: mx.array, seating: Seating) -> np.ndarray:
-    """`batched` in NumPy: [N, O]."""
+def batched_numpy(x_NK: np.ndarray, shift: mx.array, pairs: Pairs) -> np.ndarray:
+    """`batched` in NumPy, with the matrix of each row's direction: [N, O]."""
+    w_PKO, seating = view(shift)[pairs.directions], pairs.seating
     k, o = w_PKO.shape[1:]
     if seating.moves is None:
-        return (x_NK.reshape(seating.groups, -1, k) @ view(w_PKO)).reshape(-1, o)
+        return (x_NK.reshape(seating.groups, -1, k) @ w_PKO).reshape(-1, o)
     x_BX = x_NK.reshape(seating.rows, -1)
     x_PNK = x_BX.take(seating.moves.row_at, axis=0).reshape(seating.groups, -1, k)
-    y_SX = (x_PNK @ view(w_PKO)).reshape(len(seating.moves.row_at), -1)
+    y_SX = (x_PNK @ w_PKO).reshape(len(seating.moves.row_at), -1)
     return y_SX.take(seating.moves.seat_of, axis=0).reshape(-1, o)
