@@ -35,8 +35,9 @@ Beside = Callable[[np.ndarray, slice], np.ndarray]
 class Product:
     """A linear layer: weight [O, I], bias [O], and what an adapter adds, scale · (x a) b.
 
-    `beside` adds more that is each row's own, from what goes in [N, I] and which rows of the batch
-    that is; no gradient flows through it.
+    `more` is the layer where it adds something that is each row's own: its class's `beside` makes,
+    of layers with one input, a function of what goes in [N, I] and which rows of the batch that is.
+    No gradient flows through it.
     """
 
     weight_OI: np.ndarray
@@ -44,7 +45,7 @@ class Product:
     a_IR: mx.array | None = None
     b_RO: mx.array | None = None
     scale: float = 0.0
-    beside: Beside | None = None
+    more: Any = None
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def parts_of(block: Any) -> Parts | None:
 def product_of(layer: Any) -> Product | None:
     """A linear layer's numbers, the merged ones where an adapter is merged in."""
     inner = getattr(layer, "linear", layer)
-    beside: Beside | None = getattr(layer, "beside", None)
-    kind = type(layer) if beside is None else type(layer).__base__
+    more = layer if hasattr(type(layer), "beside") else None
+    kind = type(layer) if more is None else type(layer).__base__
     if kind not in fast_kinds() or type(inner) not in fast_kinds() or drops_some(layer):
         return None
     merged = layer.__dict__.get("_merged")
@@ -114,8 +115,8 @@ def product_of(layer: Any) -> Product | None:
         return None
     bias_O = view(inner.bias) if "bias" in inner else None
     if inner is layer or merged is not None:
-        return Product(view(weight_OI), bias_O, beside=beside)
-    if beside is not None:  # it stands beside what is merged
+        return Product(view(weight_OI), bias_O, more=more)
+    if more is not None:  # it stands beside what is merged
         return None
     a_IR, b_RO, scale = layer.lora_a, layer.lora_b, float(np.array(layer.scale))
     if not a_IR.dtype == b_RO.dtype == mx.float32:

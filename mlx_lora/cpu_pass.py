@@ -207,8 +207,8 @@ def times(h: Held, x_NI: np.ndarray, p: Product) -> np.ndarray:
         update_NO = z_NR @ b_RO
         update_NO *= np.float32(p.scale)
         y_NO += update_NO
-    if p.beside is not None:
-        y_NO += p.beside(x_NI, h.rows)
+    if p.more is not None:
+        y_NO += p.more.beside(p.more)(x_NI, h.rows)
     return y_NO
 
 

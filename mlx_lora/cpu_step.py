@@ -30,7 +30,7 @@ class Several:
 
     weight_OI: np.ndarray
     bias_O: np.ndarray | None
-    besides: Sequence[tuple[slice, Beside]]  # what is added to which outputs
+    beside: Beside | None  # what is added
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,35 @@ def bytes_of(parts: Parts) -> int:
 
 
 def joined(*products: Product) -> Several:
-    edges = list(accumulate((len(p.weight_OI) for p in products), initial=0))
-    outputs = [slice(start, stop) for start, stop in pairwise(edges)]
-    pairs = zip(outputs, (p.beside for p in products), strict=True)
-    besides = [(where, beside) for where, beside in pairs if beside is not None]
+    beside = beside_of(products)
     if len(products) == 1:
-        return Several(products[0].weight_OI, products[0].bias_O, besides)
+        return Several(products[0].weight_OI, products[0].bias_O, beside)
     weight_OI, bias_O = np.concatenate([p.weight_OI for p in products]), None
     if any(p.bias_O is not None for p in products):
-        bias_O = np.zeros(len(weight_OI), np.float32)
-        for where, p in zip(outputs, products, strict=True):
-            bias_O[where] += 0 if p.bias_O is None else p.bias_O
-    return Several(weight_OI, bias_O, besides)
+        none = [np.zeros(len(p.weight_OI), np.float32) for p in products]
+        pairs = zip(products, none, strict=True)
+        bias_O = np.concatenate([zero if p.bias_O is None else p.bias_O for p, zero in pairs])
+    return Several(weight_OI, bias_O, beside)
+
+
+def beside_of(products: Sequence[Product]) -> Beside | None:
+    """What layers add to their products: made together where all do, else one by one."""
+    layers = [p.more for p in products]
+    if not any(layer is not None for layer in layers):
+        return None
+    if all(layer is not None for layer in layers):
+        return layers[0].beside(*layers)
+    edges = pairwise(accumulate((len(p.weight_OI) for p in products), initial=0))
+    some = [(slice(*at), m.beside(m)) for at, m in zip(edges, layers, strict=True) if m is not None]
+    width = sum(len(p.weight_OI) for p in products)
+
+    def one_by_one(x_BI: np.ndarray, rows: slice) -> np.ndarray:
+        y_BO = np.zeros((len(x_BI), width), np.float32)
+        for where, beside in some:
+            y_BO[:, where] = beside(x_BI, rows)
+        return y_BO
+
+    return one_by_one
 
 
 def suits(mask: Any, layer_cache: Any) -> bool:
@@ -103,7 +120,7 @@ def step(s: Stacked, x_B1D: mx.array, mask: mx.array | None, layer_cache: Any) -
         kept = room.keys_BGSC[rows, :, : here + 1], room.values_BGSC[rows, :, : here + 1]
         y_BD[rows] = some_rows(s, x_BD[rows], places_B[rows].tobytes(), mine, kept, rows)
 
-    alone = any(products.besides for products in (s.qkv, s.o, s.gate_up, s.down))
+    alone = any(products.beside for products in (s.qkv, s.o, s.gate_up, s.down))
     spread(part, slices(len(x_BD), len(x_BD) if alone else LEAST))
     advance(layer_cache)
     return mx.array(y_BD[:, None, :])
@@ -144,8 +161,8 @@ def several(x_BI: np.ndarray, products: Several, rows: slice) -> np.ndarray:
     y_BO = x_BI @ products.weight_OI.T
     if products.bias_O is not None:
         y_BO += products.bias_O
-    for where, beside in products.besides:
-        y_BO[:, where] += beside(x_BI, rows)
+    if products.beside is not None:
+        y_BO += products.beside(x_BI, rows)
     return y_BO
 
 

@@ -38,10 +38,10 @@ def prompts(count):
     return [s.prompt for s in load_task("countdown").load("train", count, 0)]
 
 
-def trained():
+def trained(keys=None):
     """The embedded model with an adapter whose factors are both nonzero."""
     loaded = models.load("demo")
-    attach(loaded, init="tiny_scale", init_options={"size": 0.5})
+    attach(loaded, init="tiny_scale", init_options={"size": 0.5}, keys=keys)
     return loaded
 
 
@@ -97,6 +97,16 @@ def test_a_population_writes_what_its_members_write_alone(
     assert len(logps) == MEMBERS * len(asked), "the members should differ"
     after = {n: (m.lora_a, m.lora_b) for n, m in lora_layers(loaded.model).items()}
     assert all(before[n][i] is after[n][i] for n in before for i in (0, 1)), "masters stay"
+
+
+@pytest.mark.parametrize("factor", ["lora_b", "lora_a"])
+def test_some_of_the_layers_that_share_an_input_may_be_adapted(factor):
+    loaded, asked, noise = trained(["q_proj", "v_proj", "up_proj"]), prompts(3), Noise(1, 1, factor)
+    found = together(loaded, noise, range(4), asked, temperature=0.0)
+    for member in range(4):
+        for p, one in enumerate(alone(loaded, noise, member, asked, temperature=0.0)):
+            assert found[member, p].ids == one.ids
+            np.testing.assert_allclose(found[member, p].logps, one.logps, atol=1e-3)
 
 
 BITWISE = """
@@ -193,4 +203,4 @@ def test_whole_blocks_are_computed_with_what_is_beside_them():
     sigmas = dict.fromkeys(names, 0.1)
     with population(loaded.model, noise, sigmas, range(MEMBERS), [0]), cpu.decoding(loaded.model):
         held = [block.__dict__.get("_stacked") for block in loaded.model.layers]
-    assert all(s is not None and len(s.qkv.besides) == 3 and s.down.besides for s in held)
+    assert all(s is not None and s.qkv.beside and s.down.beside for s in held)

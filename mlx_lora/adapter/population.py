@@ -25,6 +25,7 @@ from mlx_lora import cpu
 from mlx_lora.adapter.attach import lora_layers
 from mlx_lora.adapter.weights import rms_of
 from mlx_lora.caches import Sit, company
+from mlx_lora.cpu_block import Beside
 from mlx_lora.cpu_layers import SILENT, rows, times, view, with_bias
 from mlx_lora.errors import AdapterError
 from mlx_lora.models import split_head
@@ -271,16 +272,8 @@ def population(
 def population_twin(parent: type) -> type:
     """A LoRA layer's class that computes each row by its member.
 
-    Its `beside` is what a member's noise adds to the product with the merged matrix: some rows of
-    the batch, the CPU's way, where blocks are computed whole.
+    Its `beside` is for the CPU's way, where blocks are computed whole.
     """
-
-    def beside(self: Any, x_NI: np.ndarray, rows: slice) -> np.ndarray:
-        part: Part = self.__dict__["_part"]
-        pairs = part.crowd.of(rows)
-        if part.crowd.factor == "lora_b":
-            return batched_numpy(pairs.signed(x_NI @ view(self.lora_a)), part.shift_K, pairs)
-        return pairs.signed(batched_numpy(x_NI, part.shift_K, pairs)) @ view(self.lora_b)
 
     def call(self: Any, x: mx.array) -> mx.array:
         part: Part = self.__dict__["_part"]
@@ -293,8 +286,43 @@ def population_twin(parent: type) -> type:
             z = batched(x, part.factor_M, seating) @ self.lora_b
         return y + (self.scale * z).astype(x.dtype)
 
-    own = {"__call__": call, "beside": beside}
+    own = {"__call__": call, "beside": staticmethod(beside)}
     return type(f"Population{parent.__name__}", (parent,), own)
+
+
+def beside(*layers: Any) -> Beside:
+    """What the members' noise adds to products with merged matrices, of layers with one input."""
+    parts: list[Part] = [layer.__dict__["_part"] for layer in layers]
+    crowd, shifts = parts[0].crowd, [view(part.shift_K) for part in parts]
+    if crowd.factor == "lora_b":
+        a_IR, shift_KRO = np.hstack([view(m.lora_a) for m in layers]), diagonal(shifts)
+
+        def through_b(x_NI: np.ndarray, rows: slice) -> np.ndarray:
+            pairs = crowd.of(rows)
+            return batched_numpy(pairs.signed(x_NI @ a_IR), shift_KRO, pairs)
+
+        return through_b
+    shift_KIR = np.concatenate(shifts, axis=2)
+    b_RO = diagonal([view(m.lora_b)[None] for m in layers])[0]
+
+    def through_a(x_NI: np.ndarray, rows: slice) -> np.ndarray:
+        pairs = crowd.of(rows)
+        return pairs.signed(batched_numpy(x_NI, shift_KIR, pairs)) @ b_RO
+
+    return through_a
+
+
+def diagonal(blocks_KRO: Sequence[np.ndarray]) -> np.ndarray:
+    """Matrices [K, R, O] along the diagonal of larger ones."""
+    if len(blocks_KRO) == 1:
+        return blocks_KRO[0]
+    r, o = (sum(block.shape[axis] for block in blocks_KRO) for axis in (1, 2))
+    found_KRO = np.zeros((len(blocks_KRO[0]), r, o), np.float32)
+    r = o = 0
+    for block in blocks_KRO:
+        found_KRO[:, r : r + block.shape[1], o : o + block.shape[2]] = block
+        r, o = r + block.shape[1], o + block.shape[2]
+    return found_KRO
 
 
 @SILENT
@@ -302,7 +330,7 @@ def merged_and_beside(layer: Any, x: mx.array, count: int) -> mx.array:
     """The product with W + scale · A B, and every row's own noise beside it."""
     x_NI = rows(view(x))
     y_NO = times(x_NI, view(layer.__dict__["_merged"]).T)
-    y_NO += layer.beside(x_NI, slice(0, count))
+    y_NO += beside(layer)(x_NI, slice(0, count))
     return mx.array(y_NO.reshape(*x.shape[:-1], -1))
 
 
@@ -321,9 +349,9 @@ def batched(x: mx.array, w_PKO: mx.array, seating: Seating) -> mx.array:
     return y_BLO.reshape(*x.shape[:-1], -1)
 
 
-def batched_numpy(x_NK: np.ndarray, shift: mx.array, pairs: Pairs) -> np.ndarray:
+def batched_numpy(x_NK: np.ndarray, every_KKO: np.ndarray, pairs: Pairs) -> np.ndarray:
     """`batched` in NumPy, with the matrix of each row's direction: [N, O]."""
-    w_PKO, seating = view(shift)[pairs.directions], pairs.seating
+    w_PKO, seating = every_KKO[pairs.directions], pairs.seating
     k, o = w_PKO.shape[1:]
     if seating.moves is None:
         return (x_NK.reshape(seating.groups, -1, k) @ w_PKO).reshape(-1, o)
