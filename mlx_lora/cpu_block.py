@@ -110,8 +110,8 @@ def product_of(layer: Any) -> Product | None:
     if kind not in fast_kinds() or type(inner) not in fast_kinds() or drops_some(layer):
         return None
     merged = layer.__dict__.get("_merged")
-    weight_OI = merged if merged is not None else base_weight(inner)
-    if weight_OI is None or weight_OI.dtype != mx.float32:
+    weight_OI = merged if merged is not None else dense(inner)
+    if not frozen(inner) or weight_OI.dtype != mx.float32:
         return None
     bias_O = view(inner.bias) if "bias" in inner else None
     if inner is layer or merged is not None:
@@ -132,13 +132,6 @@ def fast_kinds() -> frozenset[type]:
 
 def drops_some(layer: Any) -> bool:
     return "lora_a" in layer and drops(layer)
-
-
-def base_weight(layer: Any) -> mx.array | None:
-    """The frozen weight [O, I] of a linear layer; None where it learns."""
-    if not frozen(layer):
-        return None
-    return dense(layer) if "scales" in layer else layer.weight
 
 
 def norm_of(layer: Any) -> Norm | None:

@@ -39,10 +39,11 @@ def rows(x: np.ndarray) -> np.ndarray:
 
 
 def dense(layer: Any) -> mx.array:
-    """The float32 weight [O, I] of a frozen layer, made once and kept outside its parameters."""
-    if "_dense" not in layer.__dict__:
-        weight = dense_weight(layer) if "scales" in layer else layer.weight
-        layer.__dict__["_dense"] = untraced(weight)  # no trace in progress may hold what made it
+    """The weight [O, I] of a frozen layer; unpacked once, and kept outside its parameters."""
+    if "scales" not in layer:
+        return layer.weight
+    if "_dense" not in layer.__dict__:  # no trace in progress may hold what made it
+        layer.__dict__["_dense"] = untraced(dense_weight(layer))
     return layer.__dict__["_dense"]
 
 
@@ -334,7 +335,7 @@ def merged(model: nn.Module) -> Iterator[None]:
             apart = drops(layer) or float(np.array(layer.scale)) == 0
             if apart or not isinstance(inner, FAST_LINEARS):
                 continue
-            base_OI = dense(inner) if "scales" in inner else inner.weight
+            base_OI = dense(inner)
             if base_OI.dtype == layer.lora_a.dtype == layer.lora_b.dtype == mx.float32:
                 update_IO = layer.scale * (layer.lora_a @ layer.lora_b)
                 layer.__dict__["_merged"] = mx.contiguous(base_OI + update_IO.T)
@@ -358,8 +359,7 @@ class NumpyLoRALinear(LoRALinear):
         if x.dtype != mx.float32 or drops(self) or not fast:
             return super().__call__(x)
         scale = float(np.array(self.scale))  # a Python number, or an array when scheduled
-        inner = self.linear
-        weight_OI = view(dense(inner) if "scales" in inner else inner.weight)
+        weight_OI = view(dense(self.linear))
         if scale == 0:  # switched off: the base's own product, and no work for the branch
             return with_bias(self.linear, numpy_matmul(x, weight_OI))
         y = numpy_lora(x, self.lora_a, self.lora_b, weight_OI, scale)

@@ -1,11 +1,13 @@
-"""Work split over the cores by rows, each part with a BLAS of one thread (see cpu.py).
+"""Work split over the cores, each part with a BLAS of one thread.
 
 A BLAS shares out only its products, of small ones not even these, and its threads spin while they
 wait: on a busy machine that costs ten times what it gains. NumPy lets go of the interpreter in
 every large operation, so that plain threads serve for all of the work.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -31,8 +33,9 @@ def workers() -> int:
     return count
 
 
+@cache
 def numpys_blas() -> list[LibController]:
-    """Those that lie in NumPy's own folders."""
+    """The BLAS in NumPy's own folders; none where it has another."""
     blas = ThreadpoolController().select(user_api="blas").lib_controllers
     site = Path(np.__file__).resolve().parents[1]
     own = site / "numpy", site / "numpy.libs"
@@ -50,6 +53,25 @@ def spread(work: Callable[[Part], Found], parts: Sequence[Part]) -> list[Found]:
         return [work(parts[0])]
     others = [pool().submit(work, part) for part in parts[1:]]
     return [work(parts[0]), *(other.result() for other in others)]
+
+
+def each(work: Callable[[Part], Found], items: Sequence[Part]) -> list[Found]:
+    """`work` of every item, in order. BLAS gets its threads back: the fast path may be off."""
+    with one_thread_each(), ThreadPoolExecutor(min(len(items), os.cpu_count() or 1)) as threads:
+        return list(threads.map(work, items))
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Inside, NumPy's BLAS does not share out its work."""
+    before = [(library, library.num_threads) for library in numpys_blas()]
+    for library, _ in before:
+        library.set_num_threads(1)
+    try:
+        yield
+    finally:
+        for library, count in before:
+            library.set_num_threads(count)
 
 
 def slices(rows: int, least: int) -> list[slice]:

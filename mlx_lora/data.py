@@ -17,6 +17,7 @@ from mlx_lora.models import Loaded, encode_prompt, eos_ids
 
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
+POOL = 4096  # training problems kept; longer runs reshuffle them every epoch
 
 
 @dataclass(frozen=True)

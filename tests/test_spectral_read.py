@@ -8,9 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_lora import cpu_threads
 from mlx_lora.adapter.mapped import BF16, mapped, widened
 from mlx_lora.errors import AdapterError
-from mlx_lora.spectral import gram, threads
+from mlx_lora.spectral import gram
 from mlx_lora.spectral.read import of_folder
 from mlx_lora.spectral.report import LoRAAnalyzer
 from mlx_lora.spectral.spectrum import measure
@@ -97,17 +98,26 @@ def test_a_zero_factor_and_a_tiny_one():
 
 
 def test_a_pool_of_threads_has_a_blas_without_any():
-    before = threads.threads()
-    threads.set_threads(2)
+    blas = cpu_threads.numpys_blas()
+
+    def threads() -> int:
+        return max((library.num_threads for library in blas), default=1)
+
+    def give(count):
+        for library in blas:
+            library.set_num_threads(count)
+
+    before = threads()
+    give(2)
     try:
-        inside = threads.each(lambda _: threads.threads(), range(4))
-        assert inside == [1] * 4 and threads.each(lambda x: x * x, [3, 2, 1]) == [9, 4, 1]
-        assert threads.threads() == (2 if threads.control() else 1)
+        inside = cpu_threads.each(lambda _: threads(), range(4))
+        assert inside == [1] * 4 and cpu_threads.each(lambda x: x * x, [3, 2, 1]) == [9, 4, 1]
+        assert threads() == (2 if blas else 1)
         with pytest.raises(ZeroDivisionError):
-            threads.each(lambda x: 1 // x, [0])
-        assert threads.threads() == (2 if threads.control() else 1)
+            cpu_threads.each(lambda x: 1 // x, [0])
+        assert threads() == (2 if blas else 1)
     finally:
-        threads.set_threads(before)
+        give(before)
 
 
 # Formats

@@ -20,7 +20,7 @@ from mlx_lora import distributed
 from mlx_lora.adapter.attach import assert_no_update, lora_layers, remembers_start
 from mlx_lora.adapter.population import Factor, Noise, population, sigma_of
 from mlx_lora.adapter.schedules import scale_of
-from mlx_lora.data import cycled
+from mlx_lora.data import POOL, cycled
 from mlx_lora.errors import ConfigError
 from mlx_lora.models import Loaded
 from mlx_lora.optimizers import Metrics
@@ -31,7 +31,6 @@ from mlx_lora.runlog import Clock
 from mlx_lora.schema import Stage
 from mlx_lora.types import Group, Sample, Task
 
-POOL = 4096  # training problems kept, at most but for a generation's; longer runs reshuffle them
 Sigmas = Mapping[str, float]  # by module
 Factors = Mapping[str, mx.array]  # by `<module>.<factor>`
 

@@ -9,7 +9,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_lora.adapter.schedules import scale_at, scale_of, schedules, set_scale
-from mlx_lora.data import draw
+from mlx_lora.data import POOL, draw
 from mlx_lora.models import Loaded
 from mlx_lora.optimizers import Diverged, Metrics, Patience, learning_rate
 from mlx_lora.rl.advantages import zero_variance
@@ -21,7 +21,6 @@ from mlx_lora.schema import Stage
 from mlx_lora.types import Group, Sample, Task
 
 __all__ = ["Diverged", "train"]
-POOL = 4096  # training problems kept; longer runs reshuffle them every epoch
 Norms = Mapping[str, float]  # of the gradient, by module
 
 

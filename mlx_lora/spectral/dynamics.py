@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.adapter.mapped import widened
+from mlx_lora.cpu_threads import each
 from mlx_lora.spectral.gram import spectra
 from mlx_lora.spectral.metrics import LoRADynamicsMetrics, effective_rank, kappa
 from mlx_lora.spectral.spectrum import Pair, finite, real
-from mlx_lora.spectral.threads import each
 
 FILE = "spectra.jsonl"
 MOST = 256  # pairs of a look

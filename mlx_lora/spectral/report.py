@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_lora.cpu_threads import each
 from mlx_lora.errors import AdapterError, RunError, near
 from mlx_lora.runlog import atomically
 from mlx_lora.spectral.alerts import find
@@ -17,7 +18,6 @@ from mlx_lora.spectral.names import natural, split_expert
 from mlx_lora.spectral.read import of_folder, of_model
 from mlx_lora.spectral.spectrum import Pair, measure
 from mlx_lora.spectral.structure import structure, suggested_rank
-from mlx_lora.spectral.threads import each
 
 if TYPE_CHECKING:
     import mlx.nn as nn
