@@ -150,9 +150,9 @@ def decoding(model: Any) -> Iterator[None]:
         yield
         return
     from mlx_lora.cpu_block import stacked
-    from mlx_lora.cpu_layers import merged
+    from mlx_lora.cpu_layers import across, merged
 
-    with merged(model), stacked(model):
+    with across(model), merged(model), stacked(model):
         yield
 
 

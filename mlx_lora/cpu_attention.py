@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.cpu_layers import LINEARS, SILENT, view
+from mlx_lora.cpu_math import Angles, angles_of, attention_back, softmax, turned
 
 KEPT = 1 << 24  # bytes of probabilities kept for the way back; more are made again
 LEAST = np.finfo(np.float32).min  # of a masked score, as in MLX: a row without a key is uniform
@@ -46,10 +47,7 @@ def numpy_attention(
         p_BGNS = q @ k.swapaxes(-1, -2)
         p_BGNS *= scale
         add_mask(p_BGNS, mask, q_BHTD.shape)
-        p_BGNS -= p_BGNS.max(axis=-1, keepdims=True)
-        np.exp(p_BGNS, out=p_BGNS)
-        p_BGNS /= p_BGNS.sum(axis=-1, keepdims=True)
-        return p_BGNS
+        return softmax(p_BGNS)
 
     def grouped(x: mx.array) -> np.ndarray:
         """[B, H, T, D] as [B, G, H/G · T, D]: the queries of one key head are one matrix."""
@@ -70,14 +68,8 @@ def numpy_attention(
         q, k, v = primals
         q_BGND, k_BGSD, g_BGND = grouped(q), view(k), grouped(cotangent)
         p_BGNS = kept["p"] if "p" in kept else probabilities(q_BGND, k_BGSD)
-        v_bar = p_BGNS.swapaxes(-1, -2) @ g_BGND
-        s_BGNS = g_BGND @ view(v).swapaxes(-1, -2)
-        s_BGNS -= (s_BGNS * p_BGNS).sum(axis=-1, keepdims=True)
-        s_BGNS *= p_BGNS
-        s_BGNS *= scale
-        q_bar = (s_BGNS @ k_BGSD).reshape(q.shape)
-        k_bar = s_BGNS.swapaxes(-1, -2) @ q_BGND
-        return mx.array(q_bar), mx.array(k_bar), mx.array(v_bar)
+        q_bar, *bars = attention_back(q_BGND, k_BGSD, view(v), p_BGNS, scale, g_BGND)
+        return mx.array(q_bar.reshape(q.shape)), *map(mx.array, bars)
 
     return product(q_BHTD, k_BGSD, v_BGSD)
 
@@ -116,8 +108,7 @@ def rope(x: mx.array, dims: int, *rest: Any, **options: Any) -> mx.array:
     inverse = inverse_frequencies(dims, options["base"]) if freqs is None else 1 / view(freqs)
     starts = np.reshape(view(offset) if isinstance(offset, mx.array) else offset, (-1, 1))
     places = (starts + np.arange(x.shape[2])).astype(np.float32) * np.float32(options["scale"])
-    angles = places[..., None] * inverse  # [B or 1, T, dims / 2]
-    return numpy_rope(x, np.cos(angles)[:, None], np.sin(angles)[:, None], dims)
+    return numpy_rope(x, angles_of(places[:, None], inverse, x.shape[-1]))
 
 
 @lru_cache(maxsize=8)
@@ -126,26 +117,18 @@ def inverse_frequencies(dims: int, base: float) -> np.ndarray:
     return np.exp(np.arange(0, -(dims // 2), -1, dtype=np.float32) * step)
 
 
-def numpy_rope(x_BHTD: mx.array, cos: np.ndarray, sin: np.ndarray, dims: int) -> Any:
-    """The first `dims` of each vector turned by its place's angles, differentiable in x."""
-
-    def turned(x: np.ndarray, sign: int) -> mx.array:
-        y, half = np.empty_like(x), dims // 2
-        a, b = x[..., :half], x[..., half:dims]
-        np.subtract(a * cos, b * (sign * sin), out=y[..., :half])
-        np.add(b * cos, a * (sign * sin), out=y[..., half:dims])
-        y[..., dims:] = x[..., dims:]
-        return mx.array(y)
+def numpy_rope(x_BHTD: mx.array, angles: Angles) -> Any:
+    """Each vector turned by its place's angles, differentiable in x."""
 
     @mx.custom_function
     @SILENT
     def product(x):
-        return turned(view(x), 1)
+        return mx.array(turned(view(x), angles))
 
     @product.vjp
     @SILENT
     def product_vjp(primals, cotangent, output):
-        return turned(view(cotangent), -1)
+        return mx.array(turned(view(cotangent), angles, back=True))
 
     return product(x_BHTD)
 

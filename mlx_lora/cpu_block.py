@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +18,7 @@ import numpy as np
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mlx_lora.cpu_attention import PROJECTIONS, inverse_frequencies
-from mlx_lora.cpu_layers import TWINS, NumpyRMSNorm, dense, drops, frozen, length, rows, view
+from mlx_lora.cpu_layers import TWINS, NumpyRMSNorm, dense, drops, frozen, view
 
 STACKED_BYTES = 1 << 28  # of all stacked matrices together
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -48,8 +48,7 @@ class Product:
     more: Any = None
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     weight_D: np.ndarray
     eps: float
 
@@ -64,7 +63,7 @@ class Parts:
     head_norms: tuple[Norm, ...]  # of queries and keys, or none
     heads: tuple[int, int]  # H, G
     scale: float  # of the scores
-    turns: tuple[int, bytes]  # of rope: how many units turn, and how fast, float32 [units / 2]
+    speeds_U: np.ndarray  # of rope: how fast so many units turn with as many others
 
     @property
     def adapted(self) -> list[Product]:
@@ -83,9 +82,11 @@ def parts_of(block: Any) -> Parts | None:
     norms: list[Any] = [norm_of(block[name]) for name in NORMS]
     head_norms: list[Any] = [norm_of(attn[name]) for name in HEAD_NORMS if name in attn]
     sizes: list[Any] = [getattr(attn, name, None) for name in SIZES]
-    turns: Any = turns_of(attn.get("rope"))
-    known = (*attention, *gated, *norms, *head_norms, *sizes, turns)
+    speeds_U: Any = speeds_of(attn.get("rope"))
+    known = (*attention, *gated, *norms, *head_norms, *sizes, speeds_U)
     if any(part is None for part in known) or len(head_norms) not in (0, 2):
+        return None
+    if len({norm.eps for norm in head_norms}) > 1:
         return None
     q, k, v = (len(p.weight_OI) for p in attention[:3])
     heads, groups, scale = sizes
@@ -98,7 +99,7 @@ def parts_of(block: Any) -> Parts | None:
         tuple(head_norms),
         (heads, groups),
         scale,
-        turns,
+        speeds_U,
     )
 
 
@@ -139,24 +140,16 @@ def norm_of(layer: Any) -> Norm | None:
     return Norm(view(layer.weight), layer.eps) if usual else None
 
 
-def normed(x: np.ndarray, norm: Norm) -> np.ndarray:
-    """RMS norm over the last axis."""
-    y_ND = rows(x) * length(rows(x), norm.eps)[:, None]
-    y_ND *= norm.weight_D
-    return y_ND.reshape(x.shape)
-
-
-def turns_of(rope: Any) -> tuple[int, bytes] | None:
-    """How many units of a head rope turns and how fast; None for an unknown kind."""
+def speeds_of(rope: Any) -> np.ndarray | None:
+    """How fast rope turns the units [U] of a head, each with another; None for an unknown kind."""
     if getattr(rope, "traditional", True):
         return None
     freqs = getattr(rope, "_freqs", None)
     if freqs is not None:
-        return 2 * len(freqs), (1 / view(freqs)).astype(np.float32).tobytes()
+        return (1 / view(freqs)).astype(np.float32)
     if type(rope) is not nn.RoPE:
         return None
-    speeds = inverse_frequencies(rope.dims, rope.base) * np.float32(rope.scale)
-    return rope.dims, speeds.tobytes()
+    return inverse_frequencies(rope.dims, rope.base) * np.float32(rope.scale)
 
 
 @cache
@@ -207,7 +200,8 @@ def hasten_blocks(model: nn.Module) -> None:
         parts = parts_of(block) if not hasattr(type(block), "_parent") else None
         if parts is None or not hasattr(type(mlp), "_parent"):
             continue
-        kind = type(block), type(attn), type(mlp), parts.heads, parts.turns, len(parts.head_norms)
+        shape = parts.heads, parts.speeds_U.tobytes(), len(parts.head_norms)
+        kind = type(block), type(attn), type(mlp), *shape
         if kind not in believed:
             believed[kind] = agrees(block, parts)
         if believed[kind]:

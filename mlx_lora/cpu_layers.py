@@ -8,6 +8,7 @@ an element on this path and NumPy's 1.3.
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
+from mlx_lora.cpu_math import lora_back, normed, normed_back, sigmoid
 from mlx_lora.cpu_threads import slices, spread
 from mlx_lora.models import dense_weight, in_dims
 from mlx_lora.numerics import BELOW
@@ -24,6 +26,7 @@ WORTH = 1 << 22  # multiplications that are worth a thread
 BLOCK = 32  # tokens of the vocabulary that are summed first
 LARGE = 1 << 16  # elements that are worth one
 MERGED_BYTES = 1 << 28  # of all merged matrices together
+ACROSS_BYTES = 1 << 28  # of weights laid out for few rows while these decode
 SILENT = np.errstate(all="ignore")  # a broken adapter may hold NaN: as silent as MLX is about it
 LINEARS = (nn.Linear, nn.QuantizedLinear)
 
@@ -100,13 +103,9 @@ def numpy_lora(
     def product_vjp(primals, cotangent, output):
         x, a, b = primals
         g_NO = rows(view(cotangent))
-        g_NR = g_NO @ view(b).T
-        g_NR *= scale
+        g_NR, a_bar, b_bar = lora_back(g_NO, rows(view(x)), kept["z"], view(b), scale)
         x_bar = times(g_NO, weight_OI)
         x_bar += g_NR @ view(a).T
-        a_bar = rows(view(x)).T @ g_NR
-        b_bar = kept["z"].T @ g_NO
-        b_bar *= scale
         return mx.array(x_bar.reshape(x.shape)), mx.array(a_bar), mx.array(b_bar)
 
     return product(x, a_IR, b_RO)
@@ -186,28 +185,14 @@ def rms_norm(x: mx.array, weight_D: mx.array, eps: float) -> Any:
     @mx.custom_function
     @SILENT
     def product(x):
-        x_ND, w_D = rows(view(x)), view(weight_D)
-        y_ND = x_ND * length(x_ND, eps)[:, None]
-        y_ND *= w_D
-        return mx.array(y_ND.reshape(x.shape))
+        return mx.array(normed(view(x), view(weight_D), eps))
 
     @product.vjp
     @SILENT
     def product_vjp(primals, cotangent, output):
-        x_ND, g_ND = rows(view(primals)), rows(view(cotangent)) * view(weight_D)
-        r_N = length(x_ND, eps)
-        along_N = np.einsum("nd,nd->n", g_ND, x_ND) * r_N**3 / x_ND.shape[1]
-        g_ND *= r_N[:, None]
-        g_ND -= x_ND * along_N[:, None]
-        return mx.array(g_ND.reshape(primals.shape))
+        return mx.array(normed_back(view(cotangent), view(primals), view(weight_D), eps))
 
     return product(x)
-
-
-def length(x_ND: np.ndarray, eps: float) -> np.ndarray:
-    """1 / the root mean square of each row."""
-    squares_N = np.einsum("nd,nd->n", x_ND, x_ND)
-    return 1 / np.sqrt(squares_N / np.float32(x_ND.shape[1]) + np.float32(eps))
 
 
 def swiglu(gate: mx.array, up: mx.array) -> Any:
@@ -234,11 +219,6 @@ def swiglu(gate: mx.array, up: mx.array) -> Any:
         return scaled * up * (1 + gate * (1 - s)), scaled * gate
 
     return product(gate, up)
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)), exact at both ends: the exponential never overflows."""
-    return 1 / (1 + np.exp(-np.clip(x, -80, None)))
 
 
 @cache
@@ -293,28 +273,63 @@ class NumpyLinear(nn.Linear):
     def __call__(self, x):
         if x.dtype != mx.float32 or self.weight.dtype != mx.float32 or not frozen(self):
             return super().__call__(x)
-        return with_bias(self, numpy_matmul(x, view(self.weight)))
+        return with_bias(self, numpy_matmul(x, for_few(self)))
 
 
 class NumpyQuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x):
         if x.dtype != mx.float32:
             return super().__call__(x)
-        return with_bias(self, numpy_matmul(x, view(dense(self))))
+        return with_bias(self, numpy_matmul(x, for_few(self)))
 
 
 class NumpyEmbedding(nn.Embedding):
     def as_linear(self, x):
         if x.dtype != mx.float32 or self.weight.dtype != mx.float32 or not frozen(self):
             return super().as_linear(x)
-        return numpy_matmul(x, view(self.weight))
+        return numpy_matmul(x, for_few(self))
 
 
 class NumpyQuantizedEmbedding(nn.QuantizedEmbedding):
+    def __call__(self, x):
+        if "_dense" not in self.__dict__:
+            return super().__call__(x)
+        return mx.array(view(dense(self))[view(x)])
+
     def as_linear(self, x):
         if x.dtype != mx.float32:
             return super().as_linear(x)
-        return numpy_matmul(x, view(dense(self)))
+        return numpy_matmul(x, for_few(self))
+
+
+def for_few(layer: Any) -> np.ndarray:
+    """The weight [O, I], while rows decode as it lies best for few of them."""
+    weight_OI = dense(layer)
+    if "_across" not in layer.__dict__ or weight_OI.dtype != mx.float32:
+        return view(weight_OI)
+    if layer.__dict__["_across"] is None:
+        layer.__dict__["_across"] = np.ascontiguousarray(view(weight_OI).T).T
+    return layer.__dict__["_across"]
+
+
+@contextlib.contextmanager
+def across(model: nn.Module) -> Iterator[None]:
+    """Inside, layers outside hastened blocks copy their weight for few rows when they are asked.
+
+    That is the head, and whatever goes its own way; as far as there is memory.
+    """
+    hastened = (b for b in model.modules() if "self_attn" in b and hasattr(type(b), "_parent"))
+    inside = {id(m) for block in hastened for m in block.modules()}
+    found: list[Any] = [m for m in model.modules() if type(m) in WEIGHTY and id(m) not in inside]
+    sizes = accumulate(4 * m.weight.shape[0] * in_dims(m) for m in found)
+    found = [m for m, size in zip(found, sizes, strict=True) if size <= ACROSS_BYTES]
+    try:
+        for layer in found:
+            layer.__dict__["_across"] = None
+        yield
+    finally:
+        for layer in found:
+            layer.__dict__.pop("_across", None)
 
 
 def merged_bytes(layers: Sequence[Any]) -> int:
@@ -338,7 +353,11 @@ def merged(model: nn.Module) -> Iterator[None]:
             base_OI = dense(inner)
             if base_OI.dtype == layer.lora_a.dtype == layer.lora_b.dtype == mx.float32:
                 update_IO = layer.scale * (layer.lora_a @ layer.lora_b)
-                layer.__dict__["_merged"] = mx.contiguous(base_OI + update_IO.T)
+                whole_OI = base_OI + update_IO.T
+                few = "_across" in inner.__dict__  # it lies as the base alone does
+                layer.__dict__["_merged"] = (
+                    mx.contiguous(whole_OI.T).T if few else mx.contiguous(whole_OI)
+                )
         mx.eval([layer.__dict__["_merged"] for layer in layers if "_merged" in layer.__dict__])
         yield
     finally:
@@ -366,6 +385,7 @@ class NumpyLoRALinear(LoRALinear):
         return with_bias(self.linear, y)
 
 
+WEIGHTY = (NumpyLinear, NumpyQuantizedLinear, NumpyEmbedding, NumpyQuantizedEmbedding)
 FAST_LINEARS = (nn.Linear, NumpyQuantizedLinear)
 TWINS: dict[type, type] = {
     nn.Linear: NumpyLinear,

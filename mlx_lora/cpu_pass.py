@@ -10,12 +10,22 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.cpu_attention import add_mask
-from mlx_lora.cpu_block import Norm, Parts, Product, normed
-from mlx_lora.cpu_layers import SILENT, joined, length, rows, sigmoid, view
+from mlx_lora.cpu_attention import KEPT, add_mask
+from mlx_lora.cpu_block import Parts, Product
+from mlx_lora.cpu_layers import SILENT, joined, rows, view
+from mlx_lora.cpu_math import (
+    Angles,
+    angles_of,
+    attention_back,
+    lora_back,
+    normed,
+    normed_back,
+    sigmoid,
+    softmax,
+    turned,
+)
 from mlx_lora.cpu_threads import slices, spread
 
-KEPT = 1 << 24  # bytes of probabilities kept for the way back; more are made again
 LEAST = 256  # tokens of a part that is worth a thread
 MANY = 512  # tokens for which adapters are merged: it costs less than the branch beside
 Grads = dict[int, list[np.ndarray]]  # of an adapter's a and b, by its place
@@ -48,11 +58,11 @@ def one_piece(parts: Parts, mask: Any, starts_B: np.ndarray, *, gradient: bool) 
         x_BTD, *past = map(view, (x, *others[: len(others) - count]))
         factors = iter(map(view, others[len(others) - count :]))
         pairs = {id(p): (next(factors), next(factors)) for p in parts.adapted}
-        whole = Held(parts, x.shape, pairs)
+        places_BT1 = starts_B[:, None, None] + np.arange(x.shape[1])[:, None]
+        whole = Held(parts, x.shape, pairs, angles_of(places_BT1, parts.speeds_U, parts.units))
         if x.shape[0] * x.shape[1] >= MANY:
             whole.merged = {id(p): merged(p, *pairs[id(p)]) for p in parts.adapted if p.scale}
         whole.mask = view(mask) if isinstance(mask, mx.array) else mask
-        whole.angles = turning(parts, starts_B, x.shape[1])
         held[:] = [part_of(whole, part) for part in slices(len(x), -(-LEAST // x.shape[1]))]
         made = spread(lambda h: forward(h, x_BTD[h.rows], [p[h.rows] for p in past]), held)
         return tuple(mx.array(joined(ys)) for ys in zip(*made, strict=True))
@@ -77,15 +87,11 @@ def one_piece(parts: Parts, mask: Any, starts_B: np.ndarray, *, gradient: bool) 
 def part_of(whole: "Held", rows: slice) -> "Held":
     """What some rows of a call need of it."""
 
-    def mine(x: Any) -> Any:
-        return x[rows] if x.shape[0] > 1 else x
-
     mask, (_, t, d) = whole.mask, whole.shape
     if isinstance(mask, np.ndarray) and mask.ndim == 4:
-        mask = mine(mask)
-    cos, sin = map(mine, whole.angles)
-    shape = rows.stop - rows.start, t, d
-    return Held(whole.parts, shape, whole.factors, whole.merged, rows, mask, (cos, sin))
+        mask = mask[rows] if len(mask) > 1 else mask
+    shape, angles = (rows.stop - rows.start, t, d), whole.angles.of(rows)
+    return Held(whole.parts, shape, whole.factors, angles, whole.merged, rows, mask)
 
 
 @SILENT
@@ -103,21 +109,14 @@ class Held:
     parts: Parts
     shape: tuple[int, ...]  # B, T, D
     factors: Mapping[int, tuple[np.ndarray, np.ndarray]]  # a [I, R] and b [R, O] of each adapter
+    angles: Angles  # [B or 1, T, 1, C]
     merged: Mapping[int, np.ndarray] = field(default_factory=dict)  # W + scale · (a b)ᵀ [O, I]
     rows: slice = field(default_factory=lambda: slice(None))  # of the call's rows
     mask: Any = None
-    angles: tuple[np.ndarray, ...] = ()  # cosines and sines [B or 1, T, 1, units / 2]
     past: int = 0  # tokens of the cache
     of: dict[str, np.ndarray] = field(default_factory=dict)
     inner: dict[int, np.ndarray] = field(default_factory=dict)  # x a [N, R] of each adapter
     probabilities: np.ndarray | None = None
-
-
-def turning(parts: Parts, starts_B: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    speeds_U = np.frombuffer(parts.turns[1], np.float32)
-    places_BT = (starts_B[:, None] + np.arange(tokens)).astype(np.float32)
-    angles = places_BT[:, :, None, None] * speeds_U
-    return np.cos(angles), np.sin(angles)
 
 
 @SILENT
@@ -126,15 +125,15 @@ def forward(h: Held, x_BTD: np.ndarray, past: Sequence[np.ndarray]) -> tuple[np.
     q, k, v, o = parts.attention
     gate, up, down = parts.mlp
     keep["x"] = x_ND
-    y_ND = normed(x_ND, parts.norms[0])
+    y_ND = normed(x_ND, *parts.norms[0])
     q_BTHC, k_BTGC, v_BTGC = (heads(h, times(h, y_ND, p)) for p in (q, k, v))
     if parts.head_norms:
         keep["q"], keep["k"] = q_BTHC, k_BTGC
         q_BTHC, k_BTGC = (
-            normed(x, n) for x, n in zip((q_BTHC, k_BTGC), parts.head_norms, strict=True)
+            normed(x, *n) for x, n in zip((q_BTHC, k_BTGC), parts.head_norms, strict=True)
         )
-    keep["queries"] = grouped(h, turned(h, q_BTHC))
-    k_BGTC = np.ascontiguousarray(turned(h, k_BTGC).swapaxes(1, 2))
+    keep["queries"] = grouped(h, turned(q_BTHC, h.angles))
+    k_BGTC = np.ascontiguousarray(turned(k_BTGC, h.angles).swapaxes(1, 2))
     v_BGTC = np.ascontiguousarray(v_BTGC.swapaxes(1, 2))
     keep["keys"], keep["values"] = k_BGTC, v_BGTC
     if past:
@@ -148,7 +147,7 @@ def forward(h: Held, x_BTD: np.ndarray, past: Sequence[np.ndarray]) -> tuple[np.
     del p_BGNS
     middle_ND = x_ND + times(h, keep["seen"], o)
     keep["middle"] = middle_ND
-    y_ND = normed(middle_ND, parts.norms[1])
+    y_ND = normed(middle_ND, *parts.norms[1])
     keep["gate"], keep["up"] = times(h, y_ND, gate), times(h, y_ND, up)
     keep["sigmoid"] = sigmoid(keep["gate"])
     y_ND = times(h, activated(h), down)
@@ -174,24 +173,28 @@ def backward(
     slope += 1
     inner_bar *= keep["up"]
     inner_bar *= slope
-    y_ND = normed(keep["middle"], parts.norms[1])
+    y_ND = normed(keep["middle"], *parts.norms[1])
     y_bar = back(h, grads, inner_bar, y_ND, gate)
     y_bar += back(h, grads, up_bar, y_ND, up)
-    middle_bar = normed_back(y_bar, keep["middle"], parts.norms[1])
+    middle_bar = normed_back(y_bar, keep["middle"], *parts.norms[1])
     middle_bar += g_ND
     seen_bar = grouped(h, heads(h, back(h, grads, middle_bar, keep["seen"], o)))
-    q_bar, k_bar, v_bar = attention_back(h, seen_bar)
+    p_BGNS = h.probabilities if h.probabilities is not None else probabilities(h)
+    q_BGNC, k_BGSC, v_BGSC = (keep[name] for name in ("queries", "keys", "values"))
+    bars = attention_back(q_BGNC, k_BGSC, v_BGSC, p_BGNS, parts.scale, seen_bar)
+    q_bar, k_bar, v_bar = bars
     past_bars = [k_bar[:, :, : h.past], v_bar[:, :, : h.past]] if h.past else []
     k_bar, v_bar = k_bar[:, :, h.past :] + keys_bar, v_bar[:, :, h.past :] + values_bar
-    q_BTHC, k_BTGC = turned_back(h, ungrouped_heads(h, q_bar)), turned_back(h, k_bar.swapaxes(1, 2))
+    q_BTHC = turned(ungrouped_heads(h, q_bar), h.angles, back=True)
+    k_BTGC = turned(k_bar.swapaxes(1, 2), h.angles, back=True)
     if parts.head_norms:
-        q_BTHC = normed_back(q_BTHC, keep["q"], parts.head_norms[0])
-        k_BTGC = normed_back(k_BTGC, keep["k"], parts.head_norms[1])
-    y_ND = normed(keep["x"], parts.norms[0])
+        q_BTHC = normed_back(q_BTHC, keep["q"], *parts.head_norms[0])
+        k_BTGC = normed_back(k_BTGC, keep["k"], *parts.head_norms[1])
+    y_ND = normed(keep["x"], *parts.norms[0])
     y_bar = back(h, grads, flat(q_BTHC), y_ND, q)
     y_bar += back(h, grads, flat(k_BTGC), y_ND, k)
     y_bar += back(h, grads, flat(v_bar.swapaxes(1, 2)), y_ND, v)
-    x_bar = normed_back(y_bar, keep["x"], parts.norms[0])
+    x_bar = normed_back(y_bar, keep["x"], *parts.norms[0])
     x_bar += middle_bar
     adapters = [bar for p in parts.adapted for bar in grads[id(p)]]
     return [x_bar, *past_bars, *adapters]
@@ -221,24 +224,11 @@ def back(h: Held, grads: Grads, g_NO: np.ndarray, x_NI: np.ndarray, p: Product) 
     if not p.scale:
         grads[id(p)] = [np.zeros_like(x) for x in (a_IR, b_RO)]
         return x_bar
-    g_NR = g_NO @ b_RO.T
-    g_NR *= np.float32(p.scale)
+    z_NR = h.inner[id(p)] if id(p) in h.inner else x_NI @ a_IR
+    g_NR, *grads[id(p)] = lora_back(g_NO, x_NI, z_NR, b_RO, p.scale)
     if id(p) not in h.merged:
         x_bar += g_NR @ a_IR.T
-    z_NR = h.inner[id(p)] if id(p) in h.inner else x_NI @ a_IR
-    b_bar = z_NR.T @ g_NO
-    b_bar *= np.float32(p.scale)
-    grads[id(p)] = [x_NI.T @ g_NR, b_bar]
     return x_bar
-
-
-def normed_back(y_bar: np.ndarray, x: np.ndarray, norm: Norm) -> np.ndarray:
-    x_ND, g_ND = rows(x), rows(y_bar) * norm.weight_D
-    r_N = length(x_ND, norm.eps)
-    along_N = np.einsum("nd,nd->n", g_ND, x_ND) * r_N**3 / np.float32(x_ND.shape[1])
-    g_ND *= r_N[:, None]
-    g_ND -= x_ND * along_N[:, None]
-    return g_ND.reshape(x.shape)
 
 
 def activated(h: Held) -> np.ndarray:
@@ -276,41 +266,10 @@ def ungrouped(h: Held, x_BGNC: np.ndarray) -> np.ndarray:
     return flat(ungrouped_heads(h, x_BGNC))
 
 
-def turned(h: Held, x_BTHC: np.ndarray, sign: int = 1) -> np.ndarray:
-    """Rope: every vector turned by the angles of its place."""
-    (cos, sin), half = h.angles, h.parts.turns[0] // 2
-    y, a, b = np.empty_like(x_BTHC), x_BTHC[..., :half], x_BTHC[..., half : 2 * half]
-    np.multiply(a, cos, out=y[..., :half])
-    np.multiply(b, cos, out=y[..., half : 2 * half])
-    sin = sin if sign == 1 else -sin
-    y[..., :half] -= b * sin
-    y[..., half : 2 * half] += a * sin
-    y[..., 2 * half :] = x_BTHC[..., 2 * half :]
-    return y
-
-
-def turned_back(h: Held, y_bar: np.ndarray) -> np.ndarray:
-    return turned(h, y_bar, -1)
-
-
 def probabilities(h: Held) -> np.ndarray:
     """[B, G, H/G · T, S]"""
     b, t, _ = h.shape
     p_BGNS = h.of["queries"] @ h.of["keys"].swapaxes(-1, -2)
     p_BGNS *= np.float32(h.parts.scale)
     add_mask(p_BGNS, h.mask, (b, h.parts.heads[0], t, 0))
-    p_BGNS -= p_BGNS.max(axis=-1, keepdims=True)
-    np.exp(p_BGNS, out=p_BGNS)
-    p_BGNS /= p_BGNS.sum(axis=-1, keepdims=True)
-    return p_BGNS
-
-
-def attention_back(h: Held, g_BGNC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients of queries, keys and values."""
-    p_BGNS = h.probabilities if h.probabilities is not None else probabilities(h)
-    v_bar = p_BGNS.swapaxes(-1, -2) @ g_BGNC
-    s_BGNS = g_BGNC @ h.of["values"].swapaxes(-1, -2)
-    s_BGNS -= np.einsum("bgns,bgns->bgn", s_BGNS, p_BGNS)[..., None]
-    s_BGNS *= p_BGNS
-    s_BGNS *= np.float32(h.parts.scale)
-    return s_BGNS @ h.of["keys"], s_BGNS.swapaxes(-1, -2) @ h.of["queries"], v_bar
+    return softmax(p_BGNS)

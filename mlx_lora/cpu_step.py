@@ -15,8 +15,9 @@ import numpy as np
 from mlx_lm.models.cache import BatchKVCache
 
 from mlx_lora.cpu_attention import as_added
-from mlx_lora.cpu_block import Beside, Parts, Product, normed
-from mlx_lora.cpu_layers import SILENT, rows, sigmoid, view
+from mlx_lora.cpu_block import Beside, Norm, Parts, Product
+from mlx_lora.cpu_layers import SILENT, rows, view
+from mlx_lora.cpu_math import Angles, angles_of, normed, silu, turned
 from mlx_lora.cpu_threads import slices, spread
 
 # Rows that are worth a thread: fewer cost more in waiting for the interpreter than they gain, and
@@ -26,9 +27,9 @@ LEAST = 64
 
 @dataclass(frozen=True)
 class Several:
-    """Products of one input, as one."""
+    """Products of one input, as one. The weight lies as BLAS is quickest with few rows."""
 
-    weight_OI: np.ndarray
+    weight_IO: np.ndarray
     bias_O: np.ndarray | None
     beside: Beside | None  # what is added
 
@@ -38,6 +39,7 @@ class Stacked:
     """A block's numbers with products of one input as one."""
 
     parts: Parts
+    head_norm: Norm | None  # of queries and keys together, weight [H + G, C]
     qkv: Several
     o: Several
     gate_up: Several
@@ -60,24 +62,24 @@ rooms: "WeakKeyDictionary[Any, Room]" = WeakKeyDictionary()
 def stacked(parts: Parts) -> Stacked:
     q, k, v, o = parts.attention
     gate, up, down = parts.mlp
-    return Stacked(parts, joined(q, k, v), joined(o), joined(gate, up), joined(down))
+    of_heads = zip(parts.head_norms, parts.heads, strict=False)
+    weights = [np.tile(norm.weight_D, (count, 1)) for norm, count in of_heads]
+    head_norm = Norm(np.concatenate(weights), parts.head_norms[0].eps) if weights else None
+    return Stacked(parts, head_norm, joined(q, k, v), joined(o), joined(gate, up), joined(down))
 
 
 def bytes_of(parts: Parts) -> int:
     """Of what `stacked` makes."""
-    return sum(p.weight_OI.nbytes for p in (*parts.attention[:3], *parts.mlp[:2]))
+    return sum(p.weight_OI.nbytes for p in (*parts.attention, *parts.mlp))
 
 
 def joined(*products: Product) -> Several:
-    beside = beside_of(products)
-    if len(products) == 1:
-        return Several(products[0].weight_OI, products[0].bias_O, beside)
-    weight_OI, bias_O = np.concatenate([p.weight_OI for p in products]), None
+    weight_IO, bias_O = np.concatenate([p.weight_OI.T for p in products], axis=1), None
     if any(p.bias_O is not None for p in products):
         none = [np.zeros(len(p.weight_OI), np.float32) for p in products]
         pairs = zip(products, none, strict=True)
         bias_O = np.concatenate([zero if p.bias_O is None else p.bias_O for p, zero in pairs])
-    return Several(weight_OI, bias_O, beside)
+    return Several(np.ascontiguousarray(weight_IO), bias_O, beside_of(products))
 
 
 def beside_of(products: Sequence[Product]) -> Beside | None:
@@ -113,12 +115,14 @@ def step(s: Stacked, x_B1D: mx.array, mask: mx.array | None, layer_cache: Any) -
     places_B = np.broadcast_to(np.array(layer_cache.offset, np.int32), len(x_BD))
     seen = None if mask is None else view(mask)
     added = None if seen is None or (seen.dtype == bool and seen.all()) else as_added(seen)
+    heads = sum(s.parts.heads), s.parts.units
+    angles = angles_at(places_B.tobytes(), s.parts.speeds_U.tobytes(), heads)
     y_BD = np.empty_like(x_BD)
 
     def part(rows: slice) -> None:
         mine = added[rows] if added is not None and len(added) > 1 else added
         kept = room.keys_BGSC[rows, :, : here + 1], room.values_BGSC[rows, :, : here + 1]
-        y_BD[rows] = some_rows(s, x_BD[rows], places_B[rows].tobytes(), mine, kept, rows)
+        y_BD[rows] = some_rows(s, x_BD[rows], angles.of(rows), mine, kept, rows)
 
     alone = any(products.beside for products in (s.qkv, s.o, s.gate_up, s.down))
     spread(part, slices(len(x_BD), len(x_BD) if alone else LEAST))
@@ -130,35 +134,38 @@ def step(s: Stacked, x_B1D: mx.array, mask: mx.array | None, layer_cache: Any) -
 def some_rows(
     s: Stacked,
     x_BD: np.ndarray,
-    places: bytes,
+    angles: Angles,
     added: np.ndarray | None,
     kept: tuple[np.ndarray, np.ndarray],
     rows: slice,
 ) -> np.ndarray:
     """Some rows of a step; their keys and values [B, G, S, C] get what is last in them."""
-    parts, (keys_BGSC, values_BGSC) = s.parts, kept
-    first, second = parts.norms
-    q_BGRC, k_BGC, v_BGC = heads_of(parts, several(normed(x_BD, first), s.qkv, rows))
-    q_BGRC, k_BGC = (turned(x, parts.turns, places) for x in (q_BGRC, k_BGC))
-    keys_BGSC[:, :, -1], values_BGSC[:, :, -1] = k_BGC, v_BGC
+    (keys_BGSC, values_BGSC), (first, second), (h, g) = kept, s.parts.norms, s.parts.heads
+    b, middle = len(x_BD), len(s.parts.mlp[0].weight_OI)
+    y_BHC = several(normed(x_BD, *first), s.qkv, rows).reshape(b, h + 2 * g, -1)
+    qk_BHC = y_BHC[:, : h + g]
+    qk_BHC = turned(normed(qk_BHC, *s.head_norm) if s.head_norm else qk_BHC, angles)
+    keys_BGSC[:, :, -1], values_BGSC[:, :, -1] = qk_BHC[:, h:], y_BHC[:, h + g :]
+    q_BGRC = qk_BHC[:, :h].reshape(b, g, h // g, -1)
+    q_BGRC *= np.float32(s.parts.scale)
     p_BGRS = q_BGRC @ keys_BGSC.swapaxes(-1, -2)
-    p_BGRS *= np.float32(parts.scale)
     if added is not None:
         p_BGRS += added
     p_BGRS -= p_BGRS.max(axis=-1, keepdims=True)
     np.exp(p_BGRS, out=p_BGRS)
-    p_BGRS /= p_BGRS.sum(axis=-1, keepdims=True)
-    x_BD = x_BD + several((p_BGRS @ values_BGSC).reshape(len(x_BD), -1), s.o, rows)
-    y_BF = several(normed(x_BD, second), s.gate_up, rows)
-    middle = len(parts.mlp[0].weight_OI)
+    seen_BGRC = p_BGRS @ values_BGSC
+    seen_BGRC /= p_BGRS.sum(axis=-1, keepdims=True)
+    x_BD = x_BD + several(seen_BGRC.reshape(b, -1), s.o, rows)
+    y_BF = several(normed(x_BD, *second), s.gate_up, rows)
     gate_BF, up_BF = y_BF[:, :middle], y_BF[:, middle:]
-    up_BF *= gate_BF * sigmoid(gate_BF)
-    x_BD += several(up_BF, s.down, rows)
+    inner_BF = silu(gate_BF)
+    inner_BF *= up_BF
+    x_BD += several(inner_BF, s.down, rows)
     return x_BD
 
 
 def several(x_BI: np.ndarray, products: Several, rows: slice) -> np.ndarray:
-    y_BO = x_BI @ products.weight_OI.T
+    y_BO = x_BI @ products.weight_IO
     if products.bias_O is not None:
         y_BO += products.bias_O
     if products.beside is not None:
@@ -166,34 +173,11 @@ def several(x_BI: np.ndarray, products: Several, rows: slice) -> np.ndarray:
     return y_BO
 
 
-def heads_of(parts: Parts, y_BO: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries [B, G, H/G, C], keys and values [B, G, C] out of one product, normed."""
-    (h, g), b = parts.heads, len(y_BO)
-    y_BHC = y_BO.reshape(b, h + 2 * g, -1)
-    q_BHC, k_BGC, v_BGC = y_BHC[:, :h], y_BHC[:, h : h + g], y_BHC[:, h + g :]
-    if parts.head_norms:
-        of_q, of_k = parts.head_norms
-        q_BHC, k_BGC = normed(q_BHC, of_q), normed(k_BGC, of_k)
-    return q_BHC.reshape(b, g, h // g, -1), k_BGC, v_BGC
-
-
-def turned(x: np.ndarray, turns: tuple[int, bytes], places: bytes) -> np.ndarray:
-    """Rope on [B, ..., C]: a row's vectors turned by the angles of its place."""
-    half, ones = turns[0] // 2, (1,) * (x.ndim - 2)
-    cos, sin = (angle.reshape(-1, *ones, half) for angle in angles(places, turns[1]))
-    y, a, b = np.empty_like(x), x[..., :half], x[..., half : 2 * half]
-    np.subtract(a * cos, b * sin, out=y[..., :half])
-    np.add(b * cos, a * sin, out=y[..., half : 2 * half])
-    y[..., 2 * half :] = x[..., 2 * half :]
-    return y
-
-
-@lru_cache(maxsize=32)  # every layer of a step asks for the same
-def angles(places: bytes, speeds: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines [B, units / 2]."""
-    places_B1 = np.frombuffer(places, np.int32).astype(np.float32)[:, None]
-    angles_BU = places_B1 * np.frombuffer(speeds, np.float32)
-    return np.cos(angles_BU), np.sin(angles_BU)
+@lru_cache(maxsize=4)  # every layer of a step asks for the same
+def angles_at(places: bytes, speeds: bytes, shape: tuple[int, int]) -> Angles:
+    """Of each row's place, for so many heads of so many units: [B, heads, units]."""
+    places_BH = np.repeat(np.frombuffer(places, np.int32)[:, None], shape[0], axis=1)
+    return angles_of(places_BH, np.frombuffer(speeds, np.float32), shape[1])
 
 
 def count_of(layer_cache: Any) -> int:

@@ -21,8 +21,9 @@ from mlx_lora import cpu
 from mlx_lora.adapter.attach import blocks, expand_keys, to_lora_layers
 from mlx_lora.blocks import Quantize
 from mlx_lora.caches import GROWTH
-from mlx_lora.cpu_block import STACKED_BYTES
-from mlx_lora.cpu_layers import MERGED_BYTES, merged_bytes
+from mlx_lora.cpu_attention import PROJECTIONS
+from mlx_lora.cpu_block import GATED, STACKED_BYTES
+from mlx_lora.cpu_layers import ACROSS_BYTES, MERGED_BYTES, merged_bytes
 from mlx_lora.errors import ModelError
 from mlx_lora.models import DEMO, DEMO_QUANTIZATION, in_dims, new_cache
 from mlx_lora.optimizers import optimizer_of
@@ -31,9 +32,7 @@ from mlx_lora.schema import Stage
 
 SHARE = 0.75  # of the machine's memory that a run may take; the rest is others'
 ROOM = 256  # tokens that mlx-lm's own caches make room for at once
-STACKED = (  # what the CPU's fast path puts side by side while rows decode
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj",
-)  # fmt: skip
+STACKED = {"self_attn": PROJECTIONS, "mlp": GATED}  # laid out anew for decoding on the fast path
 PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 NAMES = {  # of sizes in config.json, by architecture
     "hidden": ("hidden_size", "n_embd", "d_model", "dim", "model_dim"),
@@ -152,7 +151,7 @@ def foretell(config: Mapping[str, Any], e: Stage, prompt: int) -> Foretold:
     sizes = sizes_of(config, model)
     decoding, w = decoding_arrays(sizes, kept, e, prompt), fitted()
     inside, logits = learning_arrays(sizes, kept, e, prompt)
-    merged = merged_copies(model) if copies else 0
+    merged = merged_copies(model, sizes) if copies else 0
     crowd = noise_bytes(weights, e) if e.method == "es" else 0
     return Foretold(
         base=base,
@@ -300,19 +299,20 @@ def sizes_of(config: Mapping[str, Any], model: nn.Module) -> Sizes:
     )
 
 
-def merged_copies(model: nn.Module) -> int:
-    """Bytes of matrices that the CPU's fast path merges and stacks while rows decode."""
+def merged_copies(model: nn.Module, sizes: Sizes) -> int:
+    """Bytes of matrices that the CPU's fast path merges and lays out while rows decode."""
     found = merged_bytes([m for m in model.modules() if isinstance(m, LoRALinear)])
-    parts = [m for block in blocks(model) for name in STACKED for m in linear_at(block, name)]
+    parts = [m for block in blocks(model) for m in linears_in(block)]
     stacked = sum(4 * in_dims(m) * m.weight.shape[0] for m in parts)
-    return (found if found <= MERGED_BYTES else 0) + (stacked if stacked <= STACKED_BYTES else 0)
+    sought = found, stacked, 4 * sizes.vocabulary * sizes.hidden
+    limits = MERGED_BYTES, STACKED_BYTES, ACROSS_BYTES
+    return sum(size for size, limit in zip(sought, limits, strict=True) if size <= limit)
 
 
-def linear_at(block: Any, path: str) -> list[Any]:
-    """The frozen linear layer at `path` in a block, if it has one."""
-    part, name = path.split(".")
-    layer = block[part][name] if part in block and name in block[part] else None
-    return [getattr(layer, "linear", layer)] if layer is not None else []
+def linears_in(block: Any) -> list[Any]:
+    """The frozen linear layers that decoding lays out anew."""
+    found = [block[p][n] for p in STACKED if p in block for n in STACKED[p] if n in block[p]]
+    return [getattr(layer, "linear", layer) for layer in found]
 
 
 def decoding_arrays(sizes: Sizes, kept: Cache, e: Stage, prompt: int) -> tuple[float, ...]:

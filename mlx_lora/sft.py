@@ -27,6 +27,7 @@ from mlx_lora.adapter.schedules import (
     set_scale,
 )
 from mlx_lora.batches import Row, batches, pack, pack_rows
+from mlx_lora.cpu_head import layer_of
 from mlx_lora.data import Text
 from mlx_lora.models import Loaded, split_head, vocabulary_size
 from mlx_lora.numerics import target_logps
@@ -242,7 +243,8 @@ def in_chunks(model: nn.Module, head: Any, hidden_BSD: mx.array, targets_BS: mx.
     size = vocabulary_size(model)
     hidden_ND, targets_N = hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), targets_BS.reshape(-1)
     if cpu.active() and not learns_outside_blocks(model):
-        logps_N, _ = score_tokens(head, hidden_ND, targets_N, 1.0, size)
+        layer = layer_of(model)
+        logps_N, _ = score_tokens(head, hidden_ND, targets_N, 1.0, size, layer=layer)
         return logps_N.reshape(targets_BS.shape)
 
     def scored(hidden_ND: mx.array, targets_N: mx.array) -> mx.array:

@@ -227,7 +227,7 @@ def arrays_of(config: dict[str, Any], e: Any, prompt: int) -> tuple[dict[str, An
     decoding = memory.decoding_arrays(sizes, kept, e, prompt)
     memory.adapted(model, e)
     found = {"layers": sizes.layers, "inside": inside, "logits": logits, "decoding": decoding}
-    return found, memory.merged_copies(model) if copies else 0
+    return found, memory.merged_copies(model, sizes) if copies else 0
 
 
 def filled(r: Any, length: int) -> Any:

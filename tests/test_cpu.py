@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -176,10 +177,30 @@ class TestMerged:
         base, loaded = models.load("demo"), models.load("demo")
         attach(loaded)
         ids = mx.array([[1, 2, 3, 4]])
+        found = []
+        for model in (loaded.model, base.model):
+            with cpu.decoding(model):
+                found.append(models.logits(model, ids))
+                mx.eval(found)
+        assert mx.array_equal(*found)
+
+    def test_weights_laid_out_for_few_rows_give_the_same_and_are_gone_afterwards(self):
+        loaded, ids = adapted(), mx.array([[1, 2, 3, 4]])
+        head: Any = loaded.model.model.embed_tokens
+        before = models.logits(loaded.model, ids)
         with cpu.decoding(loaded.model):
-            found = models.logits(loaded.model, ids)
-            mx.eval(found)
-        assert mx.array_equal(found, models.logits(base.model, ids))
+            mx.eval(models.logits(loaded.model, ids))
+            laid = head.__dict__["_across"]
+        assert laid.T.flags.c_contiguous and np.array_equal(laid, np.array(cpu_layers.dense(head)))
+        assert not any("_across" in m.__dict__ for m in loaded.model.modules())
+        assert mx.array_equal(models.logits(loaded.model, ids), before)
+
+    def test_a_packed_embedding_reads_its_unpacked_copy(self):
+        loaded, ids = models.load("demo"), mx.array([[1, 5], [1023, 0]])
+        table: Any = loaded.model.model.embed_tokens
+        packed = table(ids)
+        cpu_layers.dense(table)
+        assert "_dense" in table.__dict__ and mx.array_equal(table(ids), packed)
 
     def test_what_is_too_large_or_drops_or_is_off_is_not_merged(self, monkeypatch):
         def merged(loaded):

@@ -20,11 +20,13 @@ LAYERS = [  # each may import from its own row and from those above it
     [
         "cpu",
         "cpu_threads",
+        "cpu_math",
         "cpu_layers",
         "cpu_attention",
         "cpu_block",
         "cpu_step",
         "cpu_pass",
+        "cpu_head",
         "footprint",
         "models",
         "bases",

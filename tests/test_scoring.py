@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_lora import config, models, sft
+from mlx_lora import config, cpu, cpu_head, models, sft
 from mlx_lora.adapter.attach import attach, blocks, lora_layers
 from mlx_lora.data import Text, training_texts
 from mlx_lora.optimizers import optimizer_of
@@ -99,6 +99,31 @@ def test_chunks_equal_the_plain_form_forward_and_backward(name, rows, monkeypatc
     assert models.split_head(model).body is not model
     found = graded(completion_logps, model, packed, 0.7)
     same(found, graded(plain_logps, model, packed, 0.7), tolerance=3e-6)
+
+
+@pytest.mark.skipif(not cpu.fast(), reason="on the CPU's fast path")
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("llama untied", "lm_head"),
+        ("llama", "model.embed_tokens"),
+        ("granite", None),
+        ("gemma2", None),
+    ],
+)
+def test_a_head_that_is_one_product_is_known_and_scored_by_it(name, head, monkeypatch):
+    """Others scale or cap its logits. 21 tokens in pieces of 4."""
+    monkeypatch.setattr(cpu_head, "PIECE", 0)
+    monkeypatch.setattr(cpu_head, "ROWS", 4)
+    model, packed = zoo_model(name), pack(rollouts(zoo.VOCABULARY), np.ones(5))
+    cpu.accelerate(model)
+    layer = cpu_head.layer_of(model)
+    assert model.__dict__["_head_layer"] == head and (layer is None) == (head is None)
+    found = graded(completion_logps, model, packed, 0.7)
+    same(found, graded(plain_logps, model, packed, 0.7), tolerance=3e-6)
+    with_gradient = completion_logps(model, packed, 0.7)
+    without = completion_logps(model, packed, 0.7, gradient=False)
+    assert all(map(mx.array_equal, with_gradient, without))
 
 
 SCALED = ["granite", "cohere", "minicpm", "gemma2", "helium", "gemma3n", "talkie"]

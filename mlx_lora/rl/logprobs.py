@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapter.attach import blocks, reference
 from mlx_lora.caches import company, prefill
+from mlx_lora.cpu_head import layer_of
 from mlx_lora.models import pad_right, plain_cache, split_head, vocabulary_size
 from mlx_lora.numerics import entropy, log_softmax
 from mlx_lora.recompute import recomputed
@@ -91,9 +92,9 @@ def completion_logps(
     if learns_outside_blocks(model):
         scores = score_and_recompute(model, split.head, hidden_ND, targets_N, temperature)
     else:
-        size = vocabulary_size(model)
+        size, layer = vocabulary_size(model), layer_of(model)
         scores = score_tokens(
-            split.head, hidden_ND, targets_N, temperature, size, gradient=gradient
+            split.head, hidden_ND, targets_N, temperature, size, layer=layer, gradient=gradient
         )
     logps_BT, entropy_BT = (mx.pad(x_N, (0, 1))[place_BT] for x_N in scores)
     return logps_BT, entropy_BT

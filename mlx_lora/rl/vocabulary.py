@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora import cpu
+from mlx_lora import cpu, cpu_head
 from mlx_lora.models import vocabulary_size
 from mlx_lora.numerics import entropy, log_softmax, token_scores
 from mlx_lora.recompute import recomputed, untraced
@@ -28,13 +28,16 @@ def score_tokens(
     temperature: float,
     vocabulary: int,
     *,
+    layer: Any = None,
     gradient: bool = True,
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities [N] of the targets and entropies [N] there, in nats.
 
     Differentiable in `hidden_ND` through the log-probabilities, unless told that nobody asks; not
-    in what learns inside the head.
+    in what learns inside the head. `layer` is what cpu_head.layer_of found.
     """
+    if layer is not None and hidden_ND.dtype == mx.float32:
+        return cpu_head.scores(hidden_ND, layer, targets_N, temperature, gradient=gradient)
     still_ND, rows = mx.stop_gradient(hidden_ND), rows_of_a_chunk(vocabulary)
     found: list[tuple[mx.array, ...]] = []
     for start in range(0, len(targets_N), rows):
