@@ -219,6 +219,20 @@ class Pairs:
         z_BLR *= self.signs_B[:, None, None]
         return z_NR
 
+    def seated(self, x_NK: np.ndarray) -> np.ndarray:
+        """[groups, N / groups, K], where seats may be empty."""
+        moves, k = self.seating.moves, x_NK.shape[-1]
+        if moves is not None:
+            x_NK = x_NK.reshape(self.seating.rows, -1).take(moves.row_at, axis=0)
+        return x_NK.reshape(self.seating.groups, -1, k)
+
+    def back(self, y_PNO: np.ndarray, count: int) -> np.ndarray:
+        """[N, O] in the order of the rows, N of them."""
+        moves, o = self.seating.moves, y_PNO.shape[-1]
+        if moves is not None:
+            y_PNO = y_PNO.reshape(len(moves.row_at), -1).take(moves.seat_of, axis=0)
+        return y_PNO.reshape(count, o)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -294,35 +308,34 @@ def beside(*layers: Any) -> Beside:
     """What the members' noise adds to products with merged matrices, of layers with one input."""
     parts: list[Part] = [layer.__dict__["_part"] for layer in layers]
     crowd, shifts = parts[0].crowd, [view(part.shift_K) for part in parts]
-    if crowd.factor == "lora_b":
-        a_IR, shift_KRO = np.hstack([view(m.lora_a) for m in layers]), diagonal(shifts)
+    a_IR, bs_RO = np.hstack([view(m.lora_a) for m in layers]), [view(m.lora_b) for m in layers]
 
-        def through_b(x_NI: np.ndarray, rows: slice) -> np.ndarray:
-            pairs = crowd.of(rows)
-            return batched_numpy(pairs.signed(x_NI @ a_IR), shift_KRO, pairs)
-
-        return through_b
-    shift_KIR = np.concatenate(shifts, axis=2)
-    b_RO = diagonal([view(m.lora_b)[None] for m in layers])[0]
+    def through_b(x_NI: np.ndarray, rows: slice) -> np.ndarray:
+        pairs = crowd.of(rows)
+        z_PNR = pairs.seated(pairs.signed(x_NI @ a_IR))
+        y_PNO, r, o = np.empty((*z_PNR.shape[:2], outputs), np.float32), 0, 0
+        for shift_KRO in shifts:  # each into its own place: one large product would be half zeros
+            _, ranks, width = shift_KRO.shape
+            z_PNQ, w_PRO = z_PNR[..., r : r + ranks], shift_KRO[pairs.directions]
+            np.matmul(z_PNQ, w_PRO, out=y_PNO[..., o : o + width])
+            r, o = r + ranks, o + width
+        return pairs.back(y_PNO, len(x_NI))
 
     def through_a(x_NI: np.ndarray, rows: slice) -> np.ndarray:
         pairs = crowd.of(rows)
-        return pairs.signed(batched_numpy(x_NI, shift_KIR, pairs)) @ b_RO
+        z_PNR = pairs.seated(x_NI) @ shift_KIR[pairs.directions]
+        z_NR, r = pairs.signed(pairs.back(z_PNR, len(x_NI))), 0
+        found: list[np.ndarray] = []
+        for b_RO in bs_RO:
+            found.append(z_NR[:, r : r + len(b_RO)] @ b_RO)
+            r += len(b_RO)
+        return np.hstack(found)
 
+    if crowd.factor == "lora_b":
+        outputs = sum(shift.shape[2] for shift in shifts)
+        return through_b
+    shift_KIR = np.concatenate(shifts, axis=2)
     return through_a
-
-
-def diagonal(blocks_KRO: Sequence[np.ndarray]) -> np.ndarray:
-    """Matrices [K, R, O] along the diagonal of larger ones."""
-    if len(blocks_KRO) == 1:
-        return blocks_KRO[0]
-    r, o = (sum(block.shape[axis] for block in blocks_KRO) for axis in (1, 2))
-    found_KRO = np.zeros((len(blocks_KRO[0]), r, o), np.float32)
-    r = o = 0
-    for block in blocks_KRO:
-        found_KRO[:, r : r + block.shape[1], o : o + block.shape[2]] = block
-        r, o = r + block.shape[1], o + block.shape[2]
-    return found_KRO
 
 
 @SILENT
@@ -347,15 +360,3 @@ def batched(x: mx.array, w_PKO: mx.array, seating: Seating) -> mx.array:
     x_PNK = x_BLK[row_at].reshape(seating.groups, -1, x.shape[-1])
     y_BLO = (x_PNK @ w_PKO).reshape(-1, x_BLK.shape[1], w_PKO.shape[-1])[seat_of]
     return y_BLO.reshape(*x.shape[:-1], -1)
-
-
-def batched_numpy(x_NK: np.ndarray, every_KKO: np.ndarray, pairs: Pairs) -> np.ndarray:
-    """`batched` in NumPy, with the matrix of each row's direction: [N, O]."""
-    w_PKO, seating = every_KKO[pairs.directions], pairs.seating
-    k, o = w_PKO.shape[1:]
-    if seating.moves is None:
-        return (x_NK.reshape(seating.groups, -1, k) @ w_PKO).reshape(-1, o)
-    x_BX = x_NK.reshape(seating.rows, -1)
-    x_PNK = x_BX.take(seating.moves.row_at, axis=0).reshape(seating.groups, -1, k)
-    y_SX = (x_PNK @ w_PKO).reshape(len(seating.moves.row_at), -1)
-    return y_SX.take(seating.moves.seat_of, axis=0).reshape(-1, o)
