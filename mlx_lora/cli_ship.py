@@ -130,31 +130,55 @@ def numbers(text: str | None) -> list[float] | None:
 @app.command()
 def fuse(
     adapter: Adapter,
-    out: Out,
+    out: Annotated[Path | None, typer.Option(help="Folder to make; --plan needs none.")] = None,
     model: Base = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what survives at which bits.")] = (
+        False
+    ),
+    bits: Annotated[str | None, typer.Option(help="Of adapted layers: a number, or plan.")] = None,
+    keep: Annotated[float, typer.Option(help="Of the update, for a plan.")] = 0.95,
+    noise: Annotated[float, typer.Option(help="Up to so many times the update, too.")] = 0.5,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Write it unquantized.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write it even if it is lost.")] = False,
     strength: Strength = 1.0,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the base with the adapter in its weights; exit code 1 where that would lose it."""
+    """Write the base with the adapter in its weights; exit code 1 where that would lose it.
+
+    --plan says what would survive at 2 to 8 bits; --bits plan writes each layer at the fewest that
+    keep it.
+    """
     from mlx_lora.cli import print_json
+    from mlx_lora.errors import ConfigError
     from mlx_lora.progress import console
     from mlx_lora.ship import fuse as fusing
-    from mlx_lora.ship.show import print_fused
+    from mlx_lora.ship.fuse_plan import Standard
+    from mlx_lora.ship.show import print_fused, print_plan
 
+    common: dict[str, Any] = {
+        "model": model,
+        "standard": Standard(keep, noise),
+        "strength": strength,
+        "trust_remote_code": trust_remote_code,
+        "console": console(),
+    }
+    if plan:
+        if bits or dequantize or force:
+            raise ConfigError(
+                "--plan writes no model: it takes no --bits, --dequantize or --force",
+                "`--bits plan` without --plan writes the planned model.",
+            )
+        proposed = fusing.plan(adapter, out, **common).to_json()
+        if as_json:
+            print_json(proposed)
+        else:
+            print_plan(proposed, out)
+        return
+    if out is None:
+        raise ConfigError("fuse writes a model folder: name it with --out")
     try:
-        found = fusing.fuse(
-            adapter,
-            out,
-            model=model,
-            dequantize=dequantize,
-            force=force,
-            strength=strength,
-            trust_remote_code=trust_remote_code,
-            console=console(),
-        )
+        found = fusing.fuse(adapter, out, dequantize=dequantize, bits=bits, force=force, **common)
     except fusing.Refused as refused:
         found = refused.found
     if as_json:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_lora.ship.fuse_plan import LayerPlan, Plan
 from mlx_lora.ship.requantize import Survival, together
 from mlx_lora.spectral.canvas import QUIET, STYLE, UNUSED, USED, WARNING, blank, inches, png
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
 LOST = 0.5  # of the update, or of what it does to the outputs: less is refused
 LOW, HIGH = -0.1, 1.2
+SHOWN = {  # of a plan: title, what the picture holds, ticks
+    "kept": ("share of the update that survives", (-0.1, 1.6), (0, 0.5, 1, 1.6)),
+    "noise": ("noise over the update's size", (0.0, 3.0), (0, 0.5, 1, 1.5, 2, 3)),
+}
 ROW = 0.42  # inches
 TICKS = [m * 10.0**e for e in range(-6, 2) for m in (1, 2, 5)]
 
@@ -47,6 +52,64 @@ def survival_plot(survivals: Sequence[Survival]) -> bytes:
                 name, (worst.size, value), (0, -14), textcoords="offset points", color=QUIET
             )
         return png(figure)
+
+
+def plan_plot(plan: Plan) -> bytes:
+    """A line a layer: what survives and what is noise at each width; and the model's size."""
+    from matplotlib import rc_context
+
+    whole, rows = plan.summed([layer.chosen for layer in plan.layers]), plan.bits
+    names = ["none" if bits is None else str(bits) for bits in rows]
+    told = f"Planned: {whole['kept']:.1%} of the update in {whole['bytes'] / 1e6:,.1f} MB"
+    keep, noise = plan.standard.keep, plan.standard.noise
+    with rc_context(STYLE):  # type: ignore[arg-type]
+        figure = blank(10.6, 4.1, f"{told}; a line a layer, dots: bits chosen, grey: as asked")
+        panels = [inches(figure, left, 0.6, 2.65, 2.75) for left in (0.75, 4.15, 7.75)]
+        for axes, what, asked in zip(
+            panels, ("kept", "noise"), ((keep, 2 - keep), (0, noise)), strict=False
+        ):
+            by_width(axes, plan, what)
+            axes.axhspan(*asked, color=UNUSED, alpha=0.7, linewidth=0, zorder=0)
+            axes.set_xticks(range(len(rows)), names)
+            axes.set_xlabel("bits")
+        sizes(panels[2], plan, names)
+        return png(figure)
+
+
+def by_width(axes: "Axes", plan: Plan, what: str) -> None:
+    """`kept` or `noise` of every layer by width; what is beyond the picture lies on its edge."""
+    title, (low, high), ticks = SHOWN[what]
+    for layer in plan.layers:
+        shown = [(i, s) for i, bits in enumerate(plan.bits) if (s := tried(layer, bits))]
+        values = np.clip([getattr(s, what) for _, s in shown], low, high)
+        axes.plot([i for i, _ in shown], values, color=USED, alpha=0.18, linewidth=0.9)
+        for (i, s), value in zip(shown, values, strict=True):
+            if s is layer.chosen:
+                axes.plot(i, value, "o", ms=4, mew=0, color=WARNING, alpha=0.6, zorder=3)
+    axes.set_title(title, loc="left")
+    axes.set_ylim(low - 0.05, high + 0.05)
+    axes.set_yticks(ticks, [*(f"{t:g}" for t in ticks[:-1]), f"{high:g} +"])
+
+
+def tried(layer: LayerPlan, bits: int | None) -> Survival | None:
+    """What an update came to at a width; nothing where the layer has no such width, or none."""
+    return next((s for s in layer.tried if s.bits == bits and s.kept is not None), None)
+
+
+def sizes(axes: "Axes", plan: Plan, names: Sequence[str]) -> None:
+    """The model's size with all adapted layers at one width, and as planned."""
+    totals = [plan.summed(plan.uniform(bits)) for bits in plan.bits]
+    totals.append(plan.summed([layer.chosen for layer in plan.layers]))
+    values = [total["bytes"] / 1e6 for total in totals]
+    colours = [*[USED] * len(names), WARNING]
+    bars = axes.barh(range(len(values)), values, color=colours, height=0.65)
+    axes.bar_label(bars, [f"{t['kept']:.0%}" for t in totals], padding=3, color=QUIET)
+    axes.set_yticks(range(len(values)), [*names, "plan"])
+    axes.set_xlim(0, 1.2 * max(values))
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("MB of weights")
+    axes.set_title("size by bits, and what survives", loc="left")
 
 
 def span_of_sizes(axes: "Axes", sizes: Sequence[float]) -> None:

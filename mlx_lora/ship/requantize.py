@@ -1,7 +1,7 @@
 """What becomes of an update when it is added to a weight and the sum is stored.
 
 A 4-bit weight moves in steps: an update far below a step rounds away. `kept` is the projection of
-what the stored weight moved on what it should have, 1 for all of it.
+what the stored weight moved on what it should have, 1 for all of it; `noise` is the rest.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,11 +9,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_lora.adapter.dora import DEAD
 from mlx_lora.models import dense_weight
+from mlx_lora.ship.switch import inside
 
 Weights = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a weight is packed. Where there is None in its place, it is stored unquantized."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    def settings(self) -> dict[str, Any]:
+        """As MLX and a model's config spell it."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
+Forms = Mapping[str, Form | None]  # by layer
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,7 @@ class Survival:
     energy: float  # ‖update‖²
     product: float  # ⟨what was stored less the weight, update⟩
     error: float  # ‖what was stored less what was meant‖²
+    bytes: int = 0  # of what is stored
 
     @property
     def kept(self) -> float | None:
@@ -34,8 +53,10 @@ class Survival:
 
     @property
     def noise(self) -> float | None:
-        """Rounding error over the update's size; None where there is no update."""
-        return (self.error / self.energy) ** 0.5 if self.energy else None
+        """What moved besides the kept share, over the update's size; None without an update."""
+        if self.kept is None:
+            return None
+        return max(0.0, self.error / self.energy - (1 - self.kept) ** 2) ** 0.5
 
     def to_json(self) -> dict[str, Any]:
         shown = {"module": self.module, "bits": self.bits, "size": self.size}
@@ -64,48 +85,57 @@ def update_of(layer: Any) -> mx.array:
     return factor_O[:, None] * (weight_OI + update_OI) - weight_OI
 
 
-def stored(inner: Any, dense: mx.array) -> tuple[Weights, mx.array]:
-    """A weight in the packing of a layer, and what can be read back of it, in float32."""
-    if "scales" not in inner:
-        kept = dense.astype(inner.weight.dtype)
-        return {"weight": kept}, kept.astype(mx.float32)
-    form = {"group_size": inner.group_size, "bits": inner.bits, "mode": inner.mode}
-    floating = mx.issubdtype(inner.scales.dtype, mx.floating)
-    given = dense.astype(inner.scales.dtype) if floating else dense
-    packed = mx.quantize(given, **form)  # two arrays in the fp modes, which have no biases
-    parts: Weights = dict(zip(("weight", "scales", "biases"), packed, strict=False))
-    back = mx.dequantize(*packed, **form)
-    return parts, back.astype(mx.float32)
+def form_of(inner: Any) -> Form | None:
+    """How a layer is packed."""
+    return Form(inner.bits, inner.group_size, inner.mode) if "scales" in inner else None
 
 
-def fused(layers: Mapping[str, Any], *, dequantize: bool) -> Iterator[tuple[Survival, Weights]]:
-    """Each adapted layer with its update in the weight, one at a time: how it fared, its arrays."""
-    for name, layer in layers.items():
-        inner = layer.linear if "linear" in layer else layer.embedding
-        before, update = dense_weight(inner), update_of(layer)
-        if dequantize and "scales" in inner:
-            dense = (before + update).astype(float_of(inner))
-            parts, after = {"weight": dense}, dense.astype(mx.float32)
-        else:
-            parts, after = stored(inner, before + update)
-        moved = after - before
-        figures = mx.stack(
-            [
-                mx.square(update).sum(),
-                (moved * update).sum(),
-                mx.square(moved - update).sum(),
-                mx.square(before).sum(),
-            ]
-        )
-        mx.eval(figures, parts)
-        values: list[float] = figures.tolist()  # type: ignore[assignment]
-        energy, product, error, weight = values
-        size = (energy / weight) ** 0.5 if weight else 0.0
-        bits = None if dequantize else getattr(inner, "bits", None)
-        yield Survival(name, bits, size, energy, product, error), parts
+def own_forms(layers: Mapping[str, Any]) -> dict[str, Form | None]:
+    """What is in each layer stays packed as it is."""
+    return {name: form_of(inside(layer)) for name, layer in layers.items()}
 
 
 def float_of(inner: Any) -> mx.Dtype:
-    """The floating type of a packed layer's numbers; the fp modes keep none, and get 16 bits."""
-    dtype = inner.scales.dtype
+    """The floating type of a layer's numbers; the fp modes keep none, and get 16 bits."""
+    dtype = inner.scales.dtype if "scales" in inner else inner.weight.dtype
     return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
+
+
+def stored(inner: Any, dense: mx.array, form: Form | None) -> tuple[Weights, mx.array]:
+    """A weight in a form, at a layer's precision, and what can be read back of it, in float32."""
+    affine = form is None or form.mode == "affine"
+    given = dense.astype(float_of(inner)) if affine else dense
+    if form is None:
+        return {"weight": given}, given.astype(mx.float32)
+    packed = mx.quantize(given, **form.settings())  # two arrays in the fp modes: no biases
+    parts: Weights = dict(zip(("weight", "scales", "biases"), packed, strict=False))
+    return parts, mx.dequantize(*packed, **form.settings()).astype(mx.float32)
+
+
+def fused(layers: Mapping[str, Any], forms: Forms) -> Iterator[tuple[Survival, Weights]]:
+    """Each adapted layer with its update in the weight, one at a time: how it fared, its arrays."""
+    for name, layer in layers.items():
+        inner = inside(layer)
+        before, update = dense_weight(inner), update_of(layer)
+        yield survived(name, inner, before, update, forms[name])
+
+
+def survived(
+    name: str, inner: Any, before: mx.array, update: mx.array, form: Form | None
+) -> tuple[Survival, Weights]:
+    """One layer with its update in a form."""
+    parts, after = stored(inner, before + update, form)
+    moved = after - before
+    products = (
+        mx.square(update).sum(axis=-1),
+        (moved * update).sum(axis=-1),
+        mx.square(moved - update).sum(axis=-1),
+        mx.square(before).sum(axis=-1),
+    )
+    mx.eval(products, parts)
+    # rows in float64: MLX's own sum of many numbers is naive on a CPU
+    energy, product, error, weight = (float(np.array(x).sum(dtype=np.float64)) for x in products)
+    size = (energy / weight) ** 0.5 if weight else 0.0
+    bits = form.bits if form else None
+    count = sum(part.nbytes for part in parts.values())
+    return Survival(name, bits, size, energy, product, error, count), parts

@@ -1,6 +1,8 @@
 """What shipping came to, for a person."""
 
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -9,7 +11,7 @@ from rich.table import Table
 
 from mlx_lora.ship.talk import printable
 
-FEW = 8  # layers shown
+FEW, MANY = 8, 40  # layers shown
 
 
 def out() -> Console:
@@ -67,8 +69,49 @@ def print_fused(found: Mapping[str, Any]) -> None:
     if found["written"]:
         say(f"Written to {found['out']}.")
     else:
-        say("Nothing was written. --dequantize keeps all of it in an unquantized model; --force "
-            "writes it as it is.")  # fmt: skip
+        say("Nothing was written. --bits plan stores each layer at as many bits as its update "
+            "needs (--plan shows them), --dequantize all of it unquantized; --force writes it as "
+            "it is.")  # fmt: skip
+
+
+def print_plan(found: Mapping[str, Any], folder: Path | None) -> None:
+    """What survives at which width, in all and in the layers that need most; what was chosen."""
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title="adapted layers at one width")
+    for heading in ("bits", "survives", "noise / update", "model"):
+        table.add_column(heading, justify="right")
+    for row in found["uniform"]:
+        table.add_row(str(row["bits"] or "none"), *totals(row))
+    table.add_row("plan", *totals(found["planned"]), style="bold")
+    out().print(table)
+    widths = [row["bits"] for row in found["uniform"]]
+    table = Table(
+        box=box.SIMPLE_HEAD, title_justify="left", title="what survives at which bits", padding=0
+    )
+    table.add_column("layer", no_wrap=True)
+    for heading in ("size", *(str(bits or "none") for bits in widths), "plan"):
+        table.add_column(heading, justify="right", min_width=6)
+    rows = [layer for layer in found["layers"] if layer["widths"][0]["kept"] is not None]
+    for layer in sorted(rows, key=lambda x: (-(x["bits"] or math.inf), x["size"]))[:MANY]:
+        at = {width["bits"]: f"{width['kept']:.0%}" for width in layer["widths"]}
+        cells = [at.get(bits, "") for bits in widths]
+        name = layer["module"].removeprefix("model.layers.")
+        table.add_row(name, f"{layer['size']:.2g}", *cells, str(layer["bits"] or "none"))
+    out().print(table)
+    if len(rows) > MANY:
+        say(f"... and {len(rows) - MANY} layers that need no more bits than these.")
+    say(f"Planned are the fewest bits that keep {found['keep']:.0%} of an update, and no more than "
+        f"{2 - found['keep']:.0%}, with noise of at most {found['noise_limit']:g} times its size."
+    )  # fmt: skip
+    unmet = sum(layer["bits"] is None for layer in found["layers"])
+    if unmet:
+        say(f"{unmet} layers reach that at no width and stay unquantized.")
+    print_notices(found["notices"])
+    say(f"Written to {folder}." if folder else "--out keeps this as files.")
+    say("`--bits plan` in place of --plan writes the model.")
+
+
+def totals(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return f"{row['kept']:.1%}", f"{row['noise']:.2g}", f"{row['bytes'] / 1e6:,.1f} MB"
 
 
 def print_merged(found: Mapping[str, Any]) -> None:
