@@ -1,4 +1,4 @@
-"""The commands that ship an adapter: export, import, merge, fuse, generate, chat."""
+"""The commands that ship an adapter: export, import, merge, fuse, repair, generate, chat."""
 
 import sys
 from collections.abc import Iterator
@@ -186,6 +186,43 @@ def fuse(
     else:
         print_fused(found.to_json())
     raise typer.Exit(0 if found.written else 1)
+
+
+@app.command()
+def repair(
+    adapter: Annotated[Path, typer.Argument(help="Adapter or run folder.")],
+    out: Out,
+    model: Base = None,
+    times: Annotated[float, typer.Option("--lambda", help="Of an intruder, what stays.")] = 0.75,
+    top: Annotated[int, typer.Option(help="Singular vectors of each layer to look at.")] = 10,
+    cosine: Annotated[float, typer.Option(help="To the base's; below it is an intruder.")] = 0.5,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn intruder dimensions down, at the adapter's own rank; without any, write nothing.
+
+    Exit code 1 where the check finds the repaired adapter broken.
+    """
+    from mlx_lora.cli import print_json
+    from mlx_lora.ship import repair as repairing
+    from mlx_lora.ship.show import print_repaired
+    from mlx_lora.spectral.request import Bars
+
+    wanted = repairing.Wanted(times, top, cosine)
+    with Bars() as bars:
+        found = repairing.repair(
+            adapter,
+            out,
+            model=model,
+            wanted=wanted,
+            trust_remote_code=trust_remote_code,
+            tell=lambda done, total: bars.tell("looking for intruders", done, total),
+        ).to_json()
+    if as_json:
+        print_json(found)
+    else:
+        print_repaired(found)
+    raise typer.Exit(1 if found["modules"] and not found["out"] else 0)
 
 
 @app.command()

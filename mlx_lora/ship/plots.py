@@ -19,6 +19,7 @@ SHOWN = {  # of a plan: title, what the picture holds, ticks
     "noise": ("noise over the update's size", (0.0, 3.0), (0, 0.5, 1, 1.5, 2, 3)),
 }
 ROW = 0.42  # inches
+MOST = 30  # intruders in a picture
 TICKS = [m * 10.0**e for e in range(-6, 2) for m in (1, 2, 5)]
 
 
@@ -159,3 +160,42 @@ def headline(pairs: Sequence[Mapping[str, Any]]) -> str:
         f"Merged: the updates have a cosine of {worst['cosine']:.2f}{others}; the spaces they use, "
         "by layer"
     )
+
+
+def repair_plot(found: Mapping[str, Any]) -> bytes:
+    """An arrow an intruder, from what it was to what it is; and what that did to the texts."""
+    from matplotlib import rc_context
+
+    rows = [(m, d) for m in found["modules"] for d in m["intruders"]]
+    rows = sorted(rows, key=lambda row: -row[1]["sigma"] / row[0]["base"])[:MOST]
+    height = max(1.3, 0.27 * len(rows))
+    told = f"{found['intruders_before']} intruders before, {found['intruders_after']} after"
+    more = f" (the {MOST} strongest)" if found["intruders_before"] > MOST else ""
+    with rc_context(STYLE):  # type: ignore[arg-type]
+        figure = blank(9.6, 1.4 + height, f"Repaired at λ = {found['lambda']:g}: {told}{more}")
+        axes = inches(figure, 2.3, 0.6, 3.9, height)
+        for row, (m, d) in enumerate(rows):
+            start, end = d["sigma"] / m["base"], d["after"] / m["base"]
+            axes.annotate(
+                "", (end, row), (start, row), arrowprops={"arrowstyle": "-|>", "color": USED}
+            )
+            axes.plot(start, row, "o", ms=5, color=WARNING)
+        axes.set_xlim(0, 1.15 * max([1.0, *(d["sigma"] / m["base"] for m, d in rows)]))
+        axes.axvline(1, color=QUIET, linewidth=0.8, zorder=0)
+        axes.set_title("before (dots) and after (arrows)", loc="left")
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        names = [m["module"].removeprefix("model.layers.") for m, _ in rows]
+        axes.set_yticks(range(len(rows)), [shortened(name, 30) for name in names])
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("σ of the intruder over the base's largest")
+        texts = inches(figure, 7.35, 0.6, 1.75, height)
+        values = [found[f"perplexity_{side}"] for side in ("base", "before", "after")]
+        bars = texts.barh(range(3), values, color=[UNUSED, WARNING, USED], height=0.6)
+        texts.bar_label(bars, [f"{value:.4g}" for value in values], padding=3, color=QUIET)
+        texts.set_yticks(range(3), ["base", "before", "after"])
+        texts.set_xlim(0, 1.35 * max(values))
+        texts.set_xticks([])
+        texts.invert_yaxis()
+        texts.tick_params(axis="y", length=0)
+        texts.set_title("perplexity on known-good text", loc="left")
+        return png(figure)

@@ -114,6 +114,35 @@ def totals(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return f"{row['kept']:.1%}", f"{row['noise']:.2g}", f"{row['bytes'] / 1e6:,.1f} MB"
 
 
+def print_repaired(found: Mapping[str, Any]) -> None:
+    """Every intruder before and after, and what the texts say."""
+    if not found["modules"]:
+        say(f"No intruder dimension in {found['looked_at']} modules: there is nothing to repair, "
+            "and nothing was written.")  # fmt: skip
+        print_notices(found["notices"])
+        return
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title="intruder dimensions")
+    for heading in ("module", "σ / base's", "cosine", "the adapter's", "after", "update moved"):
+        table.add_column(heading)
+    for module in found["modules"]:
+        for d in module["intruders"]:
+            size, after = (f"{d[key] / module['base']:.2g}" for key in ("sigma", "after"))
+            share, moved = f"{d['share']:.0%}", f"{module['moved']:.1%}"
+            name = module["module"].removeprefix("model.layers.")
+            table.add_row(name, size, f"{d['cosine']:.2f}", share, after, moved)
+    out().print(table)
+    say(f"{found['intruders_before']} intruders before, {found['intruders_after']} after, in "
+        f"{found['looked_at']} modules")  # fmt: skip
+    base, before, after = (found[f"perplexity_{side}"] for side in ("base", "before", "after"))
+    say(f"Known-good text: perplexity {before:.4g} before, {after:.4g} after, base {base:.4g}; "
+        f"KL to the base {found['kl_base_before']:.3g} before, {found['kl_base_after']:.3g} after"
+    )  # fmt: skip
+    print_check(found["check"])
+    print_notices(found["notices"])
+    say(f"Written to {found['out']}." if found["out"] else "Nothing was written: it is no longer "
+        "sound. A larger --lambda changes less.")  # fmt: skip
+
+
 def print_merged(found: Mapping[str, Any]) -> None:
     say(f"{found['method']} of {len(found['adapters'])} adapters: {found['out']}, "
         f"{found['modules']} modules of rank up to {found['rank']}, which hold "

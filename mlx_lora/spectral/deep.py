@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -45,9 +45,7 @@ def look(
         layer = layers[name]
         directions[pair.name] = strangers[pair.name] = None
         if finite(pair.a_IR) and finite(pair.b_RO) and np.any(widened(pair.b_RO)):
-            flat = replace(pair, a_IR=widened(pair.a_IR), b_RO=widened(pair.b_RO))
-            if isinstance(layer, EMBEDDINGS):  # its rows are looked up: W and the update lie turned
-                flat = replace(flat, a_IR=flat.b_RO.T, b_RO=flat.a_IR.T)
+            flat = lying(pair, layer)
             weight = matrix(layer, expert)
             directions[pair.name] = directional(weight, flat)
             strangers[pair.name] = intruders(weight, flat, top=top, cosine=cosine)
@@ -81,18 +79,45 @@ def directional(weight: Matrix, pair: Pair) -> float | None:
     return float(abs(pair.scale) * (s_R[real] / answered).max())
 
 
-def intruders(weight: Matrix, pair: Pair, *, top: int = 10, cosine: float = 0.5) -> int:
-    """How many of the `top` left singular vectors of W + scale·BA are none of W's.
+def lying(pair: Pair, layer: Any) -> Pair:
+    """The pair in float64, its update lying as the weight does.
+
+    An embedding's rows are looked up: there W and the update lie turned. Twice is as it was.
+    """
+    a_IR, b_RO = widened(pair.a_IR), widened(pair.b_RO)
+    if isinstance(layer, EMBEDDINGS):
+        a_IR, b_RO = b_RO.T, a_IR.T
+    return replace(pair, a_IR=a_IR, b_RO=b_RO)
+
+
+@dataclass(frozen=True)
+class Intruder:
+    """A strong left singular vector of W + scale·BA that is none of W's."""
+
+    sigma: float  # of W + scale·BA
+    left_O: np.ndarray
+    cosine: float  # to the nearest of W's
+
+
+def intruding(weight: Matrix, pair: Pair, *, top: int = 10, cosine: float = 0.5) -> list[Intruder]:
+    """Those of the `top` left singular vectors of W + scale·BA that are none of W's.
 
     None of W's: |cosine| below `cosine` to each of the 4 · `top` strongest of W (arXiv 2410.21228
     compares with all of them).
     """
     count = min(top, *weight.shape)
-    _, after_KO = top_triples(
+    sigma_K, after_KO = top_triples(
         Updated(weight, pair.a_IR, pair.b_RO, pair.scale), count, tolerance=1e-3
     )
     _, before_KO = top_triples(weight, min(WIDER * count, *weight.shape), tolerance=1e-3)
-    return int((np.abs(after_KO @ before_KO.T).max(axis=1) < cosine).sum())
+    nearest_K = np.abs(after_KO @ before_KO.T).max(axis=1)
+    found = zip(sigma_K.tolist(), after_KO, nearest_K.tolist(), strict=True)
+    return [Intruder(*each) for each in found if each[2] < cosine]
+
+
+def intruders(weight: Matrix, pair: Pair, *, top: int = 10, cosine: float = 0.5) -> int:
+    """How many."""
+    return len(intruding(weight, pair, top=top, cosine=cosine))
 
 
 def on_text(loaded: Loaded, found: list[Pair]) -> dict[str, float | None]:
