@@ -82,6 +82,7 @@ def check(
     certify: Annotated[bool, typer.Option("--certify", help="Write harmless.json.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check harmless.json again.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where --certify saves a fresh one.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the gates as JUnit XML.")] = None,
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -103,7 +104,7 @@ def check(
         adapter2=adapter2,
     )
     report = check_named(
-        asked, certify=certify, verify=verify, out=out, layers=layers, picture=plot
+        asked, certify=certify, verify=verify, out=out, layers=layers, picture=plot, junit=junit
     )
     if as_json:
         print_json(report.to_json())
@@ -231,6 +232,8 @@ def spectrum(
     out: Annotated[Path | None, typer.Option(help="Where to write JSON and pictures.")] = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw pictures.")] = True,
     deep: Annotated[bool, typer.Option("--deep", help="Intruders, dominance on text.")] = False,
+    sarif: Annotated[Path | None, typer.Option(help="Write the alerts as SARIF.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the alerts as JUnit XML.")] = None,
     option: Options = None,
     as_json: AsJson = False,
 ) -> None:
@@ -238,12 +241,15 @@ def spectrum(
 
     -o sets thresholds of alerts: -o dominance_warning.threshold=0.2.
     """
+    from mlx_lora.spectral import ci_files
     from mlx_lora.spectral.report import to_json, write
     from mlx_lora.spectral.request import analyze_named
 
+    ci_files.refuse(sarif, junit)
     report = analyze_named(adapter, model, deep=deep, option=option or [])
     if out:
         write(report, out, pictures=plots)
+    ci_files.write_alerts(report, adapter, sarif, junit)
     if as_json:
         print_json(to_json(report))
     else:

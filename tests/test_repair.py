@@ -137,6 +137,7 @@ def test_the_planted_intruder_is_repaired_and_nothing_else(spiked, tmp_path):
     assert changed == {f"{SPIKED}.lora_a", f"{SPIKED}.lora_b"}
     assert all(old[name].shape == new[name].shape for name in old)
     assert config["base"]["model"] == "demo"
+    assert json.loads((out / "check.json").read_text())["expect"] == "healthy", "meant to differ"
     assert {p.name for p in out.iterdir()} == {
         files.WEIGHTS, files.CONFIG, "repair.json", "repair.png", "check.json"
     }  # fmt: skip

@@ -14,6 +14,7 @@ from mlx_lora.check.layers import drift
 from mlx_lora.check.probes import read
 from mlx_lora.check.sides import Side
 from mlx_lora.errors import ConfigError
+from mlx_lora.spectral import ci_files
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,10 @@ def check_named(
     out: Path | None = None,
     layers: bool = False,
     picture: Path | None = None,
+    junit: Path | None = None,
 ) -> Report:
     """Run it. Whatever can be wrong about names is judged before a model is loaded."""
+    ci_files.refuse(junit)
     refuse_expectation(asked.expect)
     check_limits(asked.limits)
     if asked.adapter is None and asked.against is None:
@@ -177,8 +180,12 @@ def check_named(
 
         plot(report, picture)
     if certify:
-        return certificate.certify(loaded, report, adapter, out)
-    return certificate.verify(loaded, report, recorded, adapter) if recorded and adapter else report
+        report = certificate.certify(loaded, report, adapter, out)
+    elif recorded and adapter:
+        report = certificate.verify(loaded, report, recorded, adapter)
+    if junit:
+        ci_files.write(junit, ci_files.junit("mlx-lora check", ci_files.gate_cases(report)))
+    return report
 
 
 def parse_options(option: Sequence[str]) -> dict[str, Any]:
