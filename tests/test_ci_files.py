@@ -38,7 +38,7 @@ def parsed(data: bytes) -> ElementTree.Element:
 
 def test_a_sarif_log_has_what_the_standard_requires():
     log = json.loads(json.dumps(sarif(FINDINGS, "runs/my run/adapters"), allow_nan=False))
-    assert log["version"] == "2.1.0" and log["$schema"].endswith("sarif-2.1.0.json")
+    assert log["version"] == "2.1.0" and log["$schema"].endswith("/sarif-schema-2.1.0.json")
     (run,) = log["runs"]
     rules = run["tool"]["driver"]["rules"]
     assert run["tool"]["driver"]["name"] == "mlx-lora"

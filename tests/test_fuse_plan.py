@@ -6,7 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 from typer.testing import CliRunner
 
 from mlx_lora import bases, models
@@ -17,7 +18,7 @@ from mlx_lora.errors import AdapterError, ConfigError
 from mlx_lora.progress import console
 from mlx_lora.ship.fuse import Refused, fuse, plan
 from mlx_lora.ship.fuse_plan import WIDTHS, Standard, plan_layer, planned, widths_of
-from mlx_lora.ship.requantize import Form, Survival
+from mlx_lora.ship.requantize import Form, Survival, fused
 from tests.test_metrics_doc import documented, emitted
 from tests.tiny import IDS, tiny_loaded
 
@@ -72,6 +73,17 @@ def test_other_packings_go_on_in_affine():
     assert [f and f.bits for f in widths_of(layer(0.1, "mxfp8", 8, 32).linear)] == [8, None]
     assert widths_of(nn.Linear(64, 64)) == [None]
     assert plan_layer("x", layer(0.1, "mxfp4", 4, 32), Standard()).chosen.bits == 5
+
+
+def test_experts_of_a_layer_share_a_width():
+    mx.random.seed(0)
+    packed = SwitchLinear(64, 96, 3, bias=False).to_quantized(64, 4)
+    experts = LoRASwitchLinear.from_base(packed, r=2, scale=1.0)
+    experts.lora_b = 0.2 * mx.random.normal(experts.lora_b.shape)
+    found = plan_layer("x", experts, Standard())
+    assert found.chosen.bits in WIDTHS and found.at(8).kept == pytest.approx(1, abs=0.05)
+    ((survival, parts),) = fused({"x": experts}, {"x": found.form})
+    assert survival == found.chosen and parts["weight"].shape[:2] == (3, 96)
 
 
 def test_a_layer_without_an_update_stays():

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models.switch_layers import SwitchLinear
 from typer.testing import CliRunner
 
 from mlx_lora import bases, models
@@ -90,6 +92,15 @@ def test_an_embedding_lies_turned():
     assert np.array_equal(twice.a_IR, spike.a_IR) and np.array_equal(twice.b_RO, spike.b_RO)
 
 
+def test_an_intruder_is_found_in_its_expert():
+    mx.random.seed(0)
+    layers = {"up": SwitchLinear(40, 60, 3, bias=False)}
+    spike = Pair("up[1]", 90 * unit(1, 40, seed=5).T, unit(1, 60, seed=6), 1.0, 2.0**-23)
+    still = replace(spike, name="up[2]", b_RO=0 * spike.b_RO)
+    assert len(strangers(spike, layers, Wanted())) == 1
+    assert strangers(still, layers, Wanted()) == []
+
+
 def test_one_expert_is_repaired_and_the_others_stay():
     a, b = mx.random.normal((3, 2, 8)), mx.random.normal((3, 6, 2))
     before = {"up": (a, b), "x": (a, b)}
@@ -154,13 +165,13 @@ def test_without_an_intruder_nothing_is_written(spiked, tmp_path):
 
 
 def test_a_repair_that_the_check_refuses_is_not_written(spiked, tmp_path, monkeypatch):
-    def louder(pair, *_):
-        return replace(pair, a_IR=40 * pair.a_IR)
-
-    monkeypatch.setattr(repairing, "turned_down", louder)
+    measured = SimpleNamespace(bitwise_identical=False, kl_mean=9.0, top1_agreement=0.1)
+    failed = SimpleNamespace(exit_code=1, verdict="fail", reasons=["garbled"], measured=measured)
+    monkeypatch.setattr(repairing, "judged", lambda *_: failed)
     options = ["--out", str(tmp_path / "o"), "--json"]
     done = CliRunner().invoke(app, ["repair", str(spiked), *options])
-    assert done.exit_code == 1 and json.loads(done.stdout)["check"]["verdict"] == "fail"
+    told = json.loads(done.stdout)
+    assert done.exit_code == 1 and told["out"] is None and told["check"]["verdict"] == "fail"
     assert not list(tmp_path.iterdir())
 
 

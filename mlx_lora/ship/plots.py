@@ -28,8 +28,10 @@ def survival_plot(survivals: Sequence[Survival]) -> bytes:
     from matplotlib import rc_context
 
     kept, _ = together(survivals)
-    bits = sorted({str(s.bits) for s in survivals if s.bits})
-    where = f"{' and '.join(bits)}-bit weights" if bits else "unquantized weights"
+    bits = [str(b) for b in sorted({s.bits for s in survivals if s.bits})]
+    kinds = [f"{', '.join(bits)}-bit"] if bits else []
+    kinds += ["unquantized"] if any(s.bits is None for s in survivals) else []
+    where = f"{' and '.join(kinds)} weights"
     told = "nothing to keep" if kept is None else f"{kept:.1%} of the update is in the {where}"
     shown = [s for s in survivals if s.kept is not None and s.size > 0]
     with rc_context(STYLE):  # type: ignore[arg-type]

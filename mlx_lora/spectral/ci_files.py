@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlx_lora.check.gate import Report
     from mlx_lora.spectral.metrics import LoRAReport
 
-SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/os/schemas/sarif-schema-2.1.0.json"
 LEVELS = {"warn": "warning", "fail": "error"}
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
