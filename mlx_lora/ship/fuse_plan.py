@@ -33,10 +33,11 @@ class Standard:
             raise ConfigError("\n".join(problems))
 
     def met(self, s: Survival) -> bool:
+        return s.kept is None or s.noise is None or self.holds(s.kept, s.noise)
+
+    def holds(self, kept: float, noise: float) -> bool:
         """Too much counts as too little: rounding W itself may point the update's way by chance."""
-        if s.kept is None or s.noise is None:
-            return True
-        return abs(s.kept - 1) <= 1 - self.keep and s.noise <= self.noise
+        return abs(kept - 1) <= 1 - self.keep and noise <= self.noise
 
 
 @dataclass(frozen=True)

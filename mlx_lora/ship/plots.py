@@ -104,15 +104,16 @@ def sizes(axes: "Axes", plan: Plan, names: Sequence[str]) -> None:
     totals = [plan.summed(plan.uniform(bits)) for bits in plan.bits]
     totals.append(plan.summed([layer.chosen for layer in plan.layers]))
     values = [total["bytes"] / 1e6 for total in totals]
-    colours = [*[USED] * len(names), WARNING]
-    bars = axes.barh(range(len(values)), values, color=colours, height=0.65)
+    good = [plan.standard.holds(total["kept"], total["noise"]) for total in totals]
+    colours = [USED if fine else UNUSED for fine in good[:-1]]
+    bars = axes.barh(range(len(values)), values, color=[*colours, WARNING], height=0.65)
     axes.bar_label(bars, [f"{t['kept']:.0%}" for t in totals], padding=3, color=QUIET)
     axes.set_yticks(range(len(values)), [*names, "plan"])
     axes.set_xlim(0, 1.2 * max(values))
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("MB of weights")
-    axes.set_title("size by bits, and what survives", loc="left")
+    axes.set_title("size, what survives; pale: not as asked", loc="left")
 
 
 def span_of_sizes(axes: "Axes", sizes: Sequence[float]) -> None:
@@ -191,13 +192,15 @@ def repair_plot(found: Mapping[str, Any]) -> bytes:
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("σ of the intruder over the base's largest")
         texts = inches(figure, 7.35, 0.6, 1.75, height)
-        values = [found[f"perplexity_{side}"] for side in ("base", "before", "after")]
-        bars = texts.barh(range(3), values, color=[UNUSED, WARNING, USED], height=0.6)
-        texts.bar_label(bars, [f"{value:.4g}" for value in values], padding=3, color=QUIET)
-        texts.set_yticks(range(3), ["base", "before", "after"])
-        texts.set_xlim(0, 1.35 * max(values))
+        values = [found[f"kl_base_{side}"] for side in ("before", "after")]
+        bars = texts.barh(range(2), values, color=[WARNING, USED], height=0.5)
+        texts.bar_label(bars, [f"{value:.2g}" for value in values], padding=3, color=QUIET)
+        texts.set_yticks(range(2), ["before", "after"])
+        texts.set_xlim(0, 1.35 * max(*values, 1e-9))
         texts.set_xticks([])
-        texts.invert_yaxis()
+        texts.set_ylim(1.6, -0.6)
         texts.tick_params(axis="y", length=0)
-        texts.set_title("perplexity on known-good text", loc="left")
+        texts.set_title("KL to the base on text, nats", loc="left")
+        sides = [f"{found[f'perplexity_{side}']:.4g}" for side in ("base", "before", "after")]
+        texts.set_xlabel("perplexity: base {}, {} to {}".format(*sides))
         return png(figure)

@@ -32,13 +32,13 @@ def print_shipped(found: Mapping[str, Any]) -> None:
     print_notices(found["notices"])
 
 
-def print_check(check: Mapping[str, Any] | None) -> None:
+def print_check(check: Mapping[str, Any] | None, sides: str = "trained against shipped") -> None:
     if check is None:
         say("Check:  not run, name the base with --model to have it run")
         return
     kl = check["kl_mean"]
     same = "logits are equal to the bit" if check["bitwise_identical"] else f"KL {kl:.2g} nats"
-    say(f"Check:  {check['verdict']}, trained against shipped: {same}")
+    say(f"Check:  {check['verdict']}, {sides}: {same}")
     if check["verdict"] != "pass":
         for reason in check["reasons"]:
             say(f"  {reason}")
@@ -122,7 +122,8 @@ def print_repaired(found: Mapping[str, Any]) -> None:
         print_notices(found["notices"])
         return
     table = Table(box=box.SIMPLE_HEAD, title_justify="left", title="intruder dimensions")
-    for heading in ("module", "σ / base's", "cosine", "the adapter's", "after", "update moved"):
+    table.add_column("module", no_wrap=True)
+    for heading in ("σ / W's", "cosine", "adapter's", "after", "Δ moved"):
         table.add_column(heading)
     for module in found["modules"]:
         for d in module["intruders"]:
@@ -137,7 +138,7 @@ def print_repaired(found: Mapping[str, Any]) -> None:
     say(f"Known-good text: perplexity {before:.4g} before, {after:.4g} after, base {base:.4g}; "
         f"KL to the base {found['kl_base_before']:.3g} before, {found['kl_base_after']:.3g} after"
     )  # fmt: skip
-    print_check(found["check"])
+    print_check(found["check"], "as it was against repaired")
     print_notices(found["notices"])
     say(f"Written to {found['out']}." if found["out"] else "Nothing was written: it is no longer "
         "sound. A larger --lambda changes less.")  # fmt: skip
