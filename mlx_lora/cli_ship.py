@@ -136,8 +136,8 @@ def fuse(
         False
     ),
     bits: Annotated[str | None, typer.Option(help="Of adapted layers: a number, or plan.")] = None,
-    keep: Annotated[float, typer.Option(help="Of the update, for a plan.")] = 0.95,
-    noise: Annotated[float, typer.Option(help="Up to so many times the update, too.")] = 0.5,
+    keep: Annotated[float | None, typer.Option(help="Least share, for a plan [0.95].")] = None,
+    noise: Annotated[float | None, typer.Option(help="Most noise, for a plan [0.5].")] = None,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Write it unquantized.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write it even if it is lost.")] = False,
     strength: Strength = 1.0,
@@ -156,9 +156,12 @@ def fuse(
     from mlx_lora.ship.fuse_plan import Standard
     from mlx_lora.ship.show import print_fused, print_plan
 
+    asked = {k: v for k, v in {"keep": keep, "noise": noise}.items() if v is not None}
+    if asked and not plan and bits != fusing.PLANNED:
+        raise ConfigError("--keep and --noise are of a plan: give --plan or --bits plan with them")
     common: dict[str, Any] = {
         "model": model,
-        "standard": Standard(keep, noise),
+        "standard": Standard(**asked),
         "strength": strength,
         "trust_remote_code": trust_remote_code,
         "console": console(),

@@ -170,6 +170,7 @@ def test_the_plan_alone_writes_no_model(uneven, tmp_path):
         (["--bits", "7", "--out", "o"], "can have 2, 3, 4, 5, 6, 8 bits"),
         ([], "name it with --out"),
         (["--plan", "--keep", "2"], "between 0 and 1"),
+        (["--keep", "0.9", "--out", "o"], "of a plan"),
     ],
 )
 def test_what_makes_no_sense_is_said(uneven, options, message, monkeypatch, tmp_path):
@@ -177,6 +178,15 @@ def test_what_makes_no_sense_is_said(uneven, options, message, monkeypatch, tmp_
     done = CliRunner().invoke(app, ["fuse", str(uneven), *options])
     assert isinstance(done.exception, ConfigError) and message in str(done.exception)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_with_nan_is_refused(uneven, tmp_path):
+    config, tensors = files.read(uneven)
+    name = next(name for name in tensors if name.endswith("lora_b"))
+    tensors[name] = tensors[name] * mx.nan
+    files.write(config, tensors, tmp_path / "broken")
+    with pytest.raises(AdapterError, match="1 modules hold NaN"):
+        plan(tmp_path / "broken", None, console=QUIET)
 
 
 def test_without_bits_or_an_update_there_is_no_plan():

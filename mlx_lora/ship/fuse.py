@@ -10,6 +10,7 @@ from rich.console import Console
 from mlx_lora import bases, models
 from mlx_lora.adapter.attach import lora_layers
 from mlx_lora.check.gate import Report
+from mlx_lora.check.metrics import is_finite
 from mlx_lora.check.probes import read as read_probes
 from mlx_lora.check.reading import read_both
 from mlx_lora.check.sides import Side
@@ -146,6 +147,12 @@ def opened(
     loaded, notices = load_base(trained, name, trust_remote_code=trust)
     adapters = Adapters(loaded)
     adapters.use(adapters.load(trained.folder, "trained"), strength)
+    broken = [n for n, layer in lora_layers(loaded.model).items() if not is_finite(layer)]
+    if broken:
+        raise AdapterError(
+            f"{trained.folder}: {len(broken)} modules hold NaN or infinity, {broken[0]} for one",
+            "Go back to the last good checkpoint.",
+        )
     return trained, name, loaded, notices
 
 
