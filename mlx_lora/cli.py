@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_lora import __version__, cli_ship, cpu
+from mlx_lora import __version__, cli_ship, cli_spectral, cpu
 from mlx_lora.errors import UserError
 
 BEGAN = time.perf_counter()
@@ -352,6 +352,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 app.add_typer(cli_ship.app)
+app.add_typer(cli_spectral.app)
 
 
 def print_json(document: Any) -> None:

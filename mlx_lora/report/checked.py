@@ -1,0 +1,90 @@
+"""The part of the page on the check: its gates, and what both sides write."""
+
+from typing import Any
+
+from mlx_lora.report.answers import TONES
+from mlx_lora.report.folder import Folder, Row, mapping, records, word
+from mlx_lora.report.markup import Html, joined, percent, shown, table, tag
+from mlx_lora.report.missing import Missing
+from mlx_lora.report.training import passage
+
+SIGNS = {"pass": "✓ pass", "warn": "! warn", "fail": "✗ fail"}
+
+
+def check(run: Folder) -> Html | Missing:
+    """Every check that is in the folder: the run's, and those of its stages."""
+    found = [(name, loop.one("check.json")) for name, loop in [("", run), *run.loops]]
+    parts = []
+    for i, (name, document) in enumerate(found):
+        if document and not (i and document == found[0][1]):
+            parts += [tag("h3", f"Before {name}") if name else None, one(document)]
+    return joined(parts) if parts else Missing("there is no check.json")
+
+
+def one(document: Row) -> Html:
+    verdict = word(document.get("verdict"))
+    expected = {
+        "same": "It was to leave the outputs as they are.",
+        "healthy": "It was to be healthy, whatever it changed.",
+        "changed": "It was to change the outputs.",
+    }.get(word(document.get("expect")), "")
+    gates = records(document.get("gates"))
+    rows = [[word(g.get("name")), mark(g.get("verdict")), word(g.get("sentence"))] for g in gates]
+    layers = records(document.get("layers"))
+    return joined(
+        tag("p", mark(verdict), f" {expected}"),
+        table(["gate", "verdict", "finding"], rows, "The gates") if rows else None,
+        numbers(document),
+        drift(layers) if layers else None,
+        both(records(document.get("samples"))),
+    )
+
+
+def mark(verdict: Any) -> Html:
+    """A verdict in words, with a sign and a colour."""
+    known = word(verdict)
+    return tag("span", SIGNS.get(known, known), class_=f"mark {TONES.get(known, '')}".strip())
+
+
+def numbers(document: Row) -> Html:
+    """What the gates judged, in a few numbers."""
+    between = mapping(document.get("intervals")).get("kl_mean")
+    low, high = between if isinstance(between, list) and len(between) == 2 else (None, None)
+    found = {
+        "KL to the base": f"{shown(document.get('kl_mean'))} nats a token "
+        f"({shown(low)} to {shown(high)}), 99th percentile {shown(document.get('kl_p99'))}",
+        "same likeliest next token": percent(document.get("top1_agreement")),
+        "perplexity of known-good text": f"{shown(document.get('perplexity_base'))} of the base, "
+        f"{shown(document.get('perplexity_adapted'))} with the adapter",
+        "entropy of the next token": f"{shown(document.get('entropy_base'))} nats of the base, "
+        f"{shown(document.get('entropy_adapted'))} with the adapter",
+    }
+    return tag("dl", [(tag("dt", key), tag("dd", value)) for key, value in found.items()])
+
+
+def drift(layers: list[Row]) -> Html:
+    rows = [[shown(i), shown(layer.get("drift"))] for i, layer in enumerate(layers)]
+    whole = table(["block", "‖change‖ / ‖output‖"], rows, "How far each block's output moved")
+    return tag("details", tag("summary", "How far each block's output moved"), whole)
+
+
+def both(samples: list[Row]) -> Html | None:
+    """What the base and the adapted model write, side by side where they differ."""
+    if not samples:
+        return None
+    same = [s for s in samples if s.get("base") == s.get("adapted")]
+    rows = [
+        [word(s.get("prompt")), passage(word(s.get("base"))), changed(s)]
+        for s in samples
+    ]
+    whole = table(["prompt", "base", "with the adapter"], rows, "What both write, greedily")
+    if len(same) < len(samples):
+        return whole
+    said = f"All {len(samples)} samples are equal to the letter"
+    return tag("details", tag("summary", said), whole)
+
+
+def changed(sample: Row) -> Html:
+    if sample.get("base") == sample.get("adapted"):
+        return tag("span", "the same", class_="quiet")
+    return passage(word(sample.get("adapted")))

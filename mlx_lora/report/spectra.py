@@ -1,0 +1,229 @@
+"""The part of the page on the adapter: ranks, singular values, dominance, how they moved."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from mlx_lora.errors import UserError
+from mlx_lora.report.chart import Line, chart
+from mlx_lora.report.folder import Folder, Row, mapping, records
+from mlx_lora.report.markup import Html, joined, number, shown, table, tag
+from mlx_lora.report.missing import Missing
+from mlx_lora.report.style import SHADES
+from mlx_lora.report.training import pairs
+from mlx_lora.rl import checkpoints
+from mlx_lora.spectral.metrics import (
+    ILL_CONDITIONED,
+    LOW_UTILIZATION,
+    LoRAAdapterMetrics,
+    LoRADynamicsMetrics,
+    LoRAReport,
+    LoRAStructuralMetrics,
+)
+from mlx_lora.spectral.names import kinds, natural, places
+from mlx_lora.spectral.plots import BANDS, DECADES
+from mlx_lora.spectral.read import adapter_folder
+from mlx_lora.spectral.report import LoRAAnalyzer
+from mlx_lora.spectral.show import summary
+from mlx_lora.spectral.trajectories import PANELS, by_kind
+from mlx_lora.types import Finding
+
+LINES = 48  # of a panel; of more modules some are drawn, evenly chosen
+LIMITS = {"rank_utilization": LOW_UTILIZATION, "kappa_B": ILL_CONDITIONED}
+Cell = Callable[[list[str]], Html]
+
+
+def of(run: Folder) -> tuple[LoRAReport | None, str]:
+    """The spectrum of the folder's adapter, and where it is from or why there is none.
+
+    As in spectrum.json; without that file it is measured now, on the adapter's files alone.
+    """
+    if found := run.one("spectrum.json"):
+        try:
+            return typed(found), "spectrum.json"
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"][:3]))
+            return None, f"spectrum.json is not as this version writes it (at {where})"
+    folder = newest(run)
+    if folder is None:
+        return None, "there is no spectrum.json and no adapter to measure"
+    try:
+        return LoRAAnalyzer(folder).analyze(), f"{folder.relative_to(run.path)}, measured now"
+    except UserError as error:
+        return None, str(error)
+
+
+def newest(run: Folder) -> Any:
+    """The folder of the adapter, or of the last checkpoint; None where there is neither."""
+    folder = adapter_folder(run.path)
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    places = [run.path, *(s.path for s in reversed(run.stages))]
+    found = [c for place in places for c in reversed(checkpoints.every(place / "checkpoints"))]
+    return found[0] if found else None
+
+
+def typed(document: Row) -> LoRAReport:
+    """spectrum.json as the report it was; ValidationError where it is none."""
+    adapters = TypeAdapter(dict[str, LoRAAdapterMetrics]).validate_python(document.get("adapters"))
+    structural = TypeAdapter(LoRAStructuralMetrics).validate_python(document.get("structural"))
+    dynamics = TypeAdapter(LoRADynamicsMetrics | None).validate_python(document.get("dynamics"))
+    rank = TypeAdapter(int | None).validate_python(document.get("suggested_rank"))
+    found = [
+        Finding(*(str(row.get(key) or "") for key in ("name", "module", "message", "action")))
+        for row in records(document.get("alerts"))
+    ]
+    ordered = {name: adapters[name] for name in sorted(adapters, key=natural)}
+    return LoRAReport(ordered, structural, dynamics, found, rank)
+
+
+def ranks(report: LoRAReport | None, why: str) -> Html | Missing:
+    """What was found in words, then effective rank by block and kind, then singular values."""
+    if report is None or not report.adapters:
+        return Missing(why)
+    sentences = [line for line in summary(report) if not line.startswith("! ")]
+    return joined(
+        [tag("p", line) for line in sentences],
+        tag("h3", "Effective rank"),
+        rank_table(report),
+        tag("h3", "Singular values of the update"),
+        tag("p", "One line a block, strongest direction first, logarithmic.", class_="quiet"),
+        tag("div", singular_values(report), class_="charts"),
+    )
+
+
+def grid(report: LoRAReport, cell: Cell, caption: str) -> Html:
+    """Blocks down, kinds of module across; experts of one kind share a cell."""
+    where = places(report.adapters)
+    columns, cells = kinds(where), defaultdict(list)
+    for name, (layer, kind) in where.items():
+        cells[layer, kind].append(name)
+    layers = sorted({layer for layer, _ in where.values()}, key=lambda i: (i is None, i))
+    rows = [
+        ["none" if layer is None else str(layer), *(cell(cells[layer, kind]) for kind in columns)]
+        for layer in layers
+    ]
+    heads = ["block", *(kind.removesuffix("_proj") for kind in columns)]
+    return table(heads, rows, caption, class_="heat")
+
+
+def rank_table(report: LoRAReport) -> Html:
+    paid = "/".join(map(str, sorted({m.nominal_rank for m in report.adapters.values()})))
+
+    def cell(names: list[str]) -> Html:
+        some = [report.adapters[name] for name in names]
+        if any(m.status == "non_finite" for m in some):
+            return tag("td", "NaN", class_="b5")
+        used = [m.effective_rank_BA for m in some if m.effective_rank_BA is not None]
+        share = [m.rank_utilization for m in some if m.rank_utilization is not None]
+        if not used or not share:
+            return tag("td", "idle" if some else "")
+        mean = min(max(sum(share) / len(share), 0.0), 1.0)
+        low = " low" if mean < LOW_UTILIZATION else ""
+        shade = f"u{min(int(mean * SHADES), SHADES - 1)}{low}"
+        return tag("td", f"{sum(used) / len(used):.1f}", class_=shade)
+
+    caption = f"Directions in use, of rank {paid}; framed: below {LOW_UTILIZATION:.0%} of it"
+    return grid(report, cell, caption)
+
+
+def singular_values(report: LoRAReport) -> list[Html]:
+    """A panel a kind of module."""
+    where, found = places(report.adapters), defaultdict(list)
+    for name, (layer, kind) in where.items():
+        m = report.adapters[name]
+        values = [abs(m.effective_lr_scale) * s for s in m.singular_values]
+        if values and values[0] > 0:
+            label = "" if layer is None else f"block {layer}"
+            found[kind].append((label, [(i + 1.0, v) for i, v in enumerate(values)]))
+    panels = []
+    for kind in kinds(where):
+        every = found[kind]
+        some = chosen(every, LINES)
+        top = max((points[0][1] for _, points in some), default=0.0)
+        lines = [
+            Line(
+                "",
+                [(x, y) for x, y in points if y > top / 10**DECADES],
+                "line",
+                min(7 * i // max(len(some) - 1, 1), 7),
+            )
+            for i, (_, points) in enumerate(some)
+        ]
+        note = f"{len(some)} of {len(every)} modules" if len(some) < len(every) else ""
+        if drawn := chart(kind, lines, x="direction", log=True, note=note):
+            panels.append(drawn)
+    return panels
+
+
+def chosen(some: list[Any], most: int) -> list[Any]:
+    """All, or `most` of them evenly spread."""
+    if len(some) <= most:
+        return some
+    return [some[i] for i in np.linspace(0, len(some) - 1, most).astype(int)]
+
+
+def dominance(report: LoRAReport | None, why: str) -> Html | Missing:
+    """σ_max(scale·BA)/σ_max(W) by block and kind, on the bands that say what it means."""
+    if report is None:
+        return Missing(why)
+    ratios = report.structural.scaled_per_layer_dominance
+    if not ratios:
+        return Missing("the base is not known: mlx-lora spectrum DIR --model MODEL --out DIR")
+
+    def cell(names: list[str]) -> Html:
+        values = [v for name in names if (v := ratios.get(name)) is not None]
+        if not values:
+            return tag("td", "–" if names else "")
+        band = next(i for i, (edge, _, _) in enumerate(BANDS, start=1) if max(values) <= edge)
+        return tag("td", f"{max(values):.2g}", class_=f"b{band}", title=BANDS[band - 1][2])
+
+    edges = ", ".join(f"{word} up to {edge:g}" for edge, _, word in BANDS[:-1])
+    note = f"The adapter's strongest direction over the base's: {edges}, {BANDS[-1][2]} above."
+    return joined(
+        tag("p", note, class_="quiet"), grid(report, cell, "σ_max(scale·BA) / σ_max(W)")
+    )
+
+
+def dynamics(run: Folder) -> Html | Missing:
+    """How the spectra moved while training: medians over blocks, a line a kind of module."""
+    parts = []
+    for name, loop in run.loops:
+        looks = [row for row in loop.rows("spectra.jsonl") if number(row.get("step")) is not None]
+        if looks:
+            drawn = tag("div", moved(looks), class_="charts")
+            parts += [tag("h3", name) if name else None, drawn]
+    if not parts:
+        return Missing("the spectra were not watched (spectra.jsonl)")
+    note = "Median over blocks, a line for each kind of module."
+    return joined(tag("p", note, class_="quiet"), parts)
+
+
+def moved(looks: Sequence[Row]) -> list[Html | None]:
+    names = [str(n) for n in mapping(looks[-1].get("kappa_A"))]
+    where = places(names)
+    order = kinds(where)
+    figures = []
+    for key, title, log in PANELS:
+        medians = [(row.get("step"), medians_of(row.get(key), where)) for row in looks]
+        rows = [{"step": step, **found} for step, found in medians]
+        lines = [Line(kind, pairs(rows, kind), "line", i % 8) for i, kind in enumerate(order)]
+        limit = (LIMITS[key], "alert") if key in LIMITS else None
+        floor = None if log else 0.0
+        figures.append(chart(title, lines, log=log, floor=floor, limit=limit))
+    return figures
+
+
+def medians_of(values: Any, where: Mapping[str, tuple[int | None, str]]) -> dict[str, float]:
+    return by_kind({str(k): number(v) for k, v in mapping(values).items()}, where)
+
+
+def totals(report: LoRAReport | None) -> Mapping[str, str]:
+    """The adapter as a whole, for the head of the page."""
+    if report is None or not report.adapters:
+        return {}
+    paid = sorted({m.nominal_rank for m in report.adapters.values()})
+    return {"modules": shown(len(report.adapters)), "rank": ", ".join(map(str, paid))}

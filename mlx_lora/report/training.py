@@ -1,0 +1,202 @@
+"""The part of the page on training: curves, held-out problems, what the model wrote on the way."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlx_lora import curves
+from mlx_lora.report.answers import Share, accuracies, history_of
+from mlx_lora.report.chart import Line, chart, interval_chart
+from mlx_lora.report.folder import Folder, Row, mapping, word
+from mlx_lora.report.markup import Html, joined, number, percent, shown, table, tag
+from mlx_lora.report.missing import Missing
+
+MAIN = {  # metric -> title; drawn first, in this order, where it was measured
+    **{name: title for name, (title, _) in curves.PANELS.items()},
+    "accuracy": "share of the step's rollouts that are correct",
+    "entropy": "entropy of the next token, nats",
+    "completion_tokens": "length of a completion, tokens",
+    "groups_without_signal": "share of groups that teach nothing",
+    "grad_norm": "norm of the gradient",
+    "tokens_per_second": "tokens per second",
+}
+SHARES = ("accuracy", "groups_without_signal")
+ASIDE = ("step", "valid_loss", "valid_loss_before", "fitness_min", "fitness_max")
+LONG = 1200  # letters of a text that are shown at once
+WHOLE = 6000  # and behind a fold; more than that stays in the file
+
+
+def held_out(run: Folder) -> Html | Missing:
+    """Accuracy before, on the way and after, and why answers were wrong."""
+    before, after = accuracies(run)
+    summary = run.one("summary.json")
+    rows = [("before", before)]
+    rows += [
+        (f"after {word(s.get('name'))}", Share.of(s))
+        for s in summary.get("stages") or ()
+        if isinstance(s, dict)
+    ][:-1]
+    rows.append(("after", after))
+    known = [(n, s.value, s.low, s.high) for n, s in rows if s]
+    way = [
+        chart(
+            " ".join(["held-out accuracy on the way, greedy", name]).strip(),
+            [Line("", pairs(loop.rows("evals.jsonl"), "accuracy"), "both")],
+            floor=0.0,
+        )
+        for name, loop in run.loops
+    ]
+    parts = [interval_chart("accuracy, with 95 % interval", known)] if known else []
+    parts += [c for c in way if c]
+    why = reasons(summary)
+    if not parts and why is None:
+        return Missing("nothing was measured on held-out problems")
+    sampled = [number(summary.get(f"accuracy_{when}_sampled")) for when in ("before", "after")]
+    note = None
+    if None not in sampled:
+        note = f"Sampled at temperature 1: {percent(sampled[0])} before, {percent(sampled[1])} after."
+    return joined(
+        tag("div", parts, class_="charts"),
+        tag("p", note, class_="quiet") if note else None,
+        why,
+    )
+
+
+def reasons(summary: Row) -> Html | None:
+    """How many completions had which reason, before and after."""
+    before, after = (mapping(summary.get(f"reasons_{when}")) for when in ("before", "after"))
+    counts = {k: (number(before.get(k)) or 0, number(after.get(k)) or 0) for k in before | after}
+    if not counts:
+        return None
+    ordered = sorted(counts.items(), key=lambda item: -sum(item[1]))
+    rows = [[name, number_cell(b), number_cell(a)] for name, (b, a) in ordered]
+    return table(["reason", "before", "after"], rows, "Why completions earned what they earned")
+
+
+def number_cell(value: float) -> Html:
+    return tag("td", shown(value), class_="n")
+
+
+def training(run: Folder) -> Html | Missing:
+    """Curves of every loop, the main ones first."""
+    parts = [
+        joined(tag("h3", name) if name else None, drawn)
+        for name, loop in run.loops
+        if (drawn := loop_curves(loop))
+    ]
+    return joined(parts) if parts else Missing("no step is logged (metrics.jsonl)")
+
+
+def loop_curves(loop: Folder) -> Html | None:
+    rows, history = loop.rows("metrics.jsonl"), history_of(loop)
+    if not any(history):
+        return None
+    measured = {key for h in history for key in h} - set(ASIDE)
+    told = next((n for n in curves.LEADING if n in measured), None)
+    lead = tag("p", tag("strong", f"{curves.headline(history, told)}.")) if told else None
+    main = [figure for name in MAIN if name in measured and (figure := panel(rows, name))]
+    others = [
+        figure
+        for name in sorted(measured - MAIN.keys())
+        if (figure := chart(name, [Line("", pairs(rows, name))]))
+    ]
+    fold = (
+        tag(
+            "details",
+            tag("summary", f"{len(others)} more, as they are called in metrics.jsonl"),
+            tag("div", others, class_="charts"),
+        )
+        if others
+        else None
+    )
+    return joined(lead, tag("div", main, class_="charts"), fold)
+
+
+def panel(rows: Sequence[Row], name: str) -> Html | None:
+    """One metric over the steps: as measured, and its running mean where it is noisy."""
+    points = pairs(rows, name)
+    lines = [Line("", points, "line" if len(points) > 8 else "both")]
+    note = ""
+    if name in curves.LEADING:
+        smooth = curves.running_mean(np.array([y for _, y in points]))
+        mean = [(x, float(y)) for (x, _), y in zip(points, smooth, strict=True)]
+        lines = [Line("a step", points, "dots"), Line(f"mean of {curves.WINDOW} steps", mean)]
+    if name == "loss" and (valid := validations(rows)):
+        lines.append(Line("held out", valid, "both", 1))
+    if name == "reward":
+        ends = (("fittest member", "fitness_max"), ("least fit", "fitness_min"))
+        lines += [Line(word, pairs(rows, key), "line", 7) for word, key in ends]
+    ceiling = 1.0 if name in SHARES else None
+    if name not in curves.LEADING and name not in curves.SIGNED and points:
+        values = np.array([y for _, y in points])
+        if values.min() >= 0 and not ceiling:
+            ceiling, note = curves.ceiling(values), curves.beyond(values).strip(" ()")
+    floor = None if name in (*curves.LEADING, *curves.SIGNED) else 0.0
+    return chart(MAIN[name], lines, floor=floor, ceiling=ceiling, note=note)
+
+
+def validations(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """The held-out loss, that before the first step half a step early."""
+    begun = [(x - 0.5, y) for x, y in pairs(rows, "valid_loss_before")]
+    return begun + pairs(rows, "valid_loss")
+
+
+def pairs(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
+    """(step, value) where both are numbers."""
+    found = [(number(row.get("step")), number(row.get(name))) for row in rows]
+    return [(x, y) for x, y in found if x is not None and y is not None]
+
+
+def samples(run: Folder) -> Html | Missing:
+    """Some completions of the first logged step beside some of the last."""
+    parts = []
+    for name, loop in run.loops:
+        rows = [row for row in loop.rows("samples.jsonl") if number(row.get("step")) is not None]
+        if rows:
+            steps = sorted({number(row.get("step")) or 0.0 for row in rows})
+            sides = [side(rows, step) for step in dict.fromkeys((steps[0], steps[-1]))]
+            parts += [tag("h3", name) if name else None, tag("div", sides, class_="sides")]
+    if not parts:
+        return Missing("no completion is logged (samples.jsonl), which is so for supervised training")
+    note = "Of up to four problems the best, the worst and another completion. All are in the file."
+    return joined(tag("p", note, class_="quiet"), *parts)
+
+
+def side(rows: Sequence[Row], step: float) -> Html:
+    here = [row for row in rows if number(row.get("step")) == step]
+    prompts = list(dict.fromkeys(word(row.get("prompt")) for row in here))
+    problems = []
+    for prompt in prompts:
+        mine = [row for row in here if word(row.get("prompt")) == prompt]
+        different = {word(row.get("completion")): row for row in reversed(mine)}
+        completions = [completion(row) for row in reversed(different.values())]
+        said = tag("div", passage(prompt, "p", "prompt"), *completions, class_="problem")
+        problems.append(said)
+    return tag("div", tag("h3", f"Step {shown(step)}"), *problems)
+
+
+def completion(row: Row) -> Html:
+    reward, right = shown(row.get("reward")), word(row.get("reason")) == "correct"
+    mark = tag("span", f"reward {reward}", class_="mark good" if right else "mark")
+    about = [mark, f" {word(row.get('pick'))}, {word(row.get('reason'))}"]
+    about.append(", cut at the limit" if row.get("truncated") is True else None)
+    return joined(
+        tag("div", about, class_="quiet"), passage(word(row.get("completion")), "pre", "text")
+    )
+
+
+def passage(text: str, name: str = "pre", class_: str = "text") -> Html:
+    """A model's text as it is; what is long behind a fold, what is very long cut, which is said."""
+    if not text:
+        return tag("p", "(empty)", class_="quiet")
+    if len(text) <= LONG:
+        return tag(name, text, class_=class_, dir="auto")
+    more = f"\n[{len(text) - WHOLE:,} more letters are in the file]" if len(text) > WHOLE else ""
+    return joined(
+        tag(name, text[: LONG // 4] + " …", class_=class_, dir="auto"),
+        tag(
+            "details",
+            tag("summary", f"all {len(text):,} letters" if not more else f"{WHOLE:,} letters of it"),
+            tag("pre", text[:WHOLE] + more, class_="text", dir="auto"),
+        ),
+    )
