@@ -20,6 +20,7 @@ from mlx_lora.errors import ConfigError, RunError
 from mlx_lora.models import Loaded
 from mlx_lora.prepare import CheckFailed, Prepared, prepare
 from mlx_lora.problems import readable
+from mlx_lora.report import page
 from mlx_lora.rl import checkpoints, es, grpo
 from mlx_lora.rl.evaluate import examination, sentence
 from mlx_lora.rl.prompts import refuse_unfit
@@ -84,11 +85,12 @@ def run_in(
 
 
 def closed(summary: dict[str, Any], log: RunLog, clock: Clock) -> dict[str, Any]:
-    """The summary, written as the last thing of a run."""
+    """The summary, written as the last thing of a run, and the page that explains it."""
     breakdown(clock, log)
     summary |= {"run_dir": str(log.folder), "seconds": clock.report()["total"]}
     log.write_json(stages.SUMMARY, summary)
     log.status("finished")
+    page.write(page.of(log.folder), log.folder / page.FILE)
     return summary
 
 

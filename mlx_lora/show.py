@@ -48,6 +48,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         console.print(times(json.loads((folder / TIMES).read_text(encoding="utf-8"))))
     console.print(f"{summary['seconds']:.0f} s. Everything is in {folder}:", markup=False)
     contents = {
+        "report.html": "all of it on one page, for a browser",
         "adapters/": "the adapter, in mlx-lm's format",
         "adapters/best/": "that of the best evaluation",
         "base/": "the quantized base that it belongs to",

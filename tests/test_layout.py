@@ -62,8 +62,20 @@ LAYERS = [  # each may import from its own row and from those above it
         "unsupported",
         "lessons",
     ],
+    ["report"],
     ["experiment", "stages", "testset"],
-    ["doctor", "recipes", "listing", "plan", "show", "cli", "cli_ship", "__init__", "__main__"],
+    [
+        "doctor",
+        "recipes",
+        "listing",
+        "plan",
+        "show",
+        "cli",
+        "cli_ship",
+        "cli_spectral",
+        "__init__",
+        "__main__",
+    ],
 ]
 LEVEL = {unit: level for level, row in enumerate(LAYERS) for unit in row}
 LIGHT = ["__init__", "__main__", "cli", "config", "registry", "errors"]

@@ -1,12 +1,14 @@
 """The parts of the page on what happened around: alerts, time, the file, versions, certificate."""
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 from mlx_lora.report.folder import CONFIG, Folder, Row, mapping, records, word
 from mlx_lora.report.markup import Html, joined, number, percent, shown, table, tag
 from mlx_lora.report.missing import Missing
 from mlx_lora.runlog import gathered, in_words
 from mlx_lora.spectral.metrics import LoRAReport
+from mlx_lora.types import Finding
 
 KEYS = {  # a key of the config -> what a person calls it
     "model": "model",
@@ -25,16 +27,7 @@ BAR = 120
 def alerts(run: Folder, report: LoRAReport | None) -> Html | Missing:
     """What was noticed: on the run with its step, on the adapter by kind, each with what to do."""
     parts = [box(f"step {shown(row.get('step'))}", row, name) for name, row in raised(run)]
-    by_name = defaultdict(list)
-    for found in () if report is None else report.alerts:
-        by_name[found.name].append(found)
-    for name, some in by_name.items():
-        modules = [f.module for f in some if f.module]
-        where = modules[0] if modules else "the adapter"
-        more = f" and {len(some) - 1} more" if len(some) > 1 else ""
-        message = f"{where}: {some[0].message}{more}"
-        about = {"name": name, "message": message, "action": some[0].action}
-        parts.append(box("the adapter", about | {"severity": some[0].severity}, "", modules))
+    parts += [on_adapter(name, some) for name, some in by_name(report).items()]
     if parts:
         return joined(parts)
     looked = run.kind == "run" or report is not None
@@ -44,25 +37,41 @@ def alerts(run: Folder, report: LoRAReport | None) -> Html | Missing:
 
 
 def raised(run: Folder) -> list[tuple[str, Row]]:
+    """The alerts on the run and its stages, each with its stage."""
     return [(name, row) for name, loop in run.loops for row in loop.rows("alerts.jsonl")]
 
 
-def box(when: str, alert: Row, stage: str, modules: list[str] | None = None) -> Html:
+def by_name(report: LoRAReport | None) -> Mapping[str, list[Finding]]:
+    """The alerts on the adapter, those of one kind together."""
+    found = defaultdict(list)
+    for alert in () if report is None else report.alerts:
+        found[alert.name].append(alert)
+    return found
+
+
+def box(when: str, alert: Row, stage: str = "", more: Html | None = None) -> Html:
     tone = "bad" if word(alert.get("severity")) == "fail" else "warn"
     place = ", ".join(x for x in (stage, when, word(alert.get("module"))) if x)
-    fold = (
-        tag("details", tag("summary", f"{len(modules)} modules"), tag("p", ", ".join(modules)))
-        if modules and len(modules) > 1
-        else None
-    )
     return tag(
         "div",
         tag("p", tag("strong", word(alert.get("name"))), f" ({place})"),
-        tag("p", word(alert.get("message")), "."),
+        tag("p", word(alert.get("message")), ".") if alert.get("message") else None,
         tag("p", "What to do: ", word(alert.get("action"))),
-        fold,
+        more,
         class_=f"box {tone}",
     )
+
+
+def on_adapter(name: str, some: Sequence[Finding]) -> Html:
+    """One box for all modules that an alert is about."""
+    first = some[0]
+    about: Row = {"name": name, "action": first.action, "severity": first.severity}
+    if len(some) == 1:
+        return box("the adapter", about | {"module": first.module, "message": first.message})
+    about["message"] = f"Such as {first.module}: {first.message}"
+    each = tag("ul", [tag("li", f"{f.module}: {f.message}") for f in some])
+    where = f"{len(some)} modules of the adapter"
+    return box(where, about, more=tag("details", tag("summary", "Each of them"), each))
 
 
 def time(run: Folder) -> Html | Missing:

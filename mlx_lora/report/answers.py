@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_lora import curves
+from mlx_lora.report.about import by_name, raised
 from mlx_lora.report.folder import Folder, mapping, word
 from mlx_lora.report.markup import number, percent, shown
 from mlx_lora.spectral.metrics import LOW_UTILIZATION, LoRAReport
@@ -160,8 +161,27 @@ def harmless(run: Folder) -> Answer:
     begun = "Before training" if run.kind == "run" else "The check says"
     if unhealthy:
         said = f"{begun}: {verdict}. In training the check failed"
-        return Answer("fail", "bad", said, f"{unhealthy} failure(s), see the alerts")
-    return Answer(verdict, TONES[verdict], f"{begun}: {verdict}", reason(check))
+        times = "once" if unhealthy == 1 else f"{unhealthy} times"
+        return Answer("fail", "bad", said, f"It was told {times}, see the alerts")
+    details = [reason(check)]
+    every = number(mapping(run.config.get("monitor")).get("check_every"))
+    if run.kind == "run" and every:
+        details.append(f"while training it was to look every {shown(every)} steps: no failure told")
+    drifted = number(run.one("summary.json").get("kl_to_base_after"))
+    if drifted is not None:
+        details.append(f"KL to the base is {shown(drifted)} nats a token now")
+    return Answer(verdict, TONES[verdict], f"{begun}: {verdict}", "; ".join(filter(None, details)))
+
+
+def watched(run: Folder, report: LoRAReport | None) -> Answer:
+    """What the alerts come to."""
+    names = [word(row.get("name")) for _, row in raised(run)]
+    kinds = {name: len(some) for name, some in by_name(report).items()}
+    if not names and not kinds:
+        return Answer("none", "good", "Nothing that is watched stood out")
+    said = [*names, *(f"{name} in {n} modules" if n > 1 else name for name, n in kinds.items())]
+    count = len(names) + len(kinds)
+    return Answer("some", "warn", f"{count} alert{'s' * (count > 1)}", "; ".join(said))
 
 
 def reason(check: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 8, 32
 MOST = 240  # points of a line: a phone has no more pixels
-COLOURS = 8  # classes c0 to c7 of the style sheet
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Line:
     label: str
     points: Points
     look: str = "line"  # "line" | "dots" | "both"
-    colour: int = 0
+    colour: str = "c0"  # a class of the style sheet
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def chart(
         role="img",
         aria_label=". ".join([title, *(told(s) for s in drawn)]),
     )
-    legend = [tag("li", tag("i", class_=f"key c{s.colour}"), s.label) for s in drawn if s.label]
+    legend = [tag("li", tag("i", class_=key(s)), s.label) for s in drawn if s.label]
     return tag(
         "figure",
         tag("figcaption", title),
@@ -84,6 +83,10 @@ def chart(
         tag("ul", legend, class_="legend") if len(legend) > 1 else None,
         tag("p", note, class_="quiet") if note else None,
     )
+
+
+def key(line: Line) -> str:
+    return f"key {'spot ' if line.look == 'dots' else ''}{line.colour}"
 
 
 def usable(points: Points, log: bool) -> Points:
@@ -112,7 +115,8 @@ def framed(lines: Sequence[Line], log: bool, floor: float | None, top: float | N
     xs, ys = ([p[i] for s in lines for p in s.points] for i in (0, 1))
     low, high = min(ys), max(ys)
     if log:
-        return Frame((min(xs), max(xs)), (low / 1.3, high * 1.3), True)
+        low, high = floor or low / 1.3, top or high * 1.3
+        return Frame((min(xs), max(xs)), (low, high), True)
     air = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     low, high = low - air, high + air
     low = floor if floor is not None and min(ys) >= floor else low
@@ -123,7 +127,7 @@ def framed(lines: Sequence[Line], log: bool, floor: float | None, top: float | N
 def axes(frame: Frame, label: str) -> Html:
     """Grid lines with their numbers, and the x axis."""
     parts: list[Html] = []
-    for value in decades(*frame.y) if frame.log else ticks(*frame.y, 4):
+    for value in decades(*frame.y) if frame.log else ticks(*frame.y, 5):
         y = f"{frame.up(value):.1f}"
         parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
         parts.append(tag("text", plain(value), x=LEFT - 5, y=y, dy="0.32em", text_anchor="end"))
@@ -154,7 +158,7 @@ def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[fl
 def decades(low: float, high: float) -> list[float]:
     """Powers of ten between low and high, every other one where there are many; else 1, 2, 5."""
     first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
-    if last - first < 1:
+    if high < 100 * low:
         around = [m * 10.0**e for e in range(first - 2, last + 2) for m in (1, 2, 5)]
         return [v for v in around if low <= v <= high]
     return [10.0**e for e in range(first, last + 1, math.ceil((last - first + 1) / 6))]
@@ -162,12 +166,12 @@ def decades(low: float, high: float) -> list[float]:
 
 def plain(value: float) -> str:
     """
-    >>> plain(20000.0), plain(0.25), plain(0.0)
-    ('20k', '0.25', '0')
+    >>> plain(20000.0), plain(2000.0), plain(0.25), plain(0.0)
+    ('20k', '2000', '0.25', '0')
     """
     if 10_000 <= abs(value) < 1e9:
         return f"{value / 1000:g}k"
-    return f"{value:.3g}"
+    return f"{value:.0f}" if 1000 <= abs(value) < 10_000 else f"{value:.3g}"
 
 
 def series(line: Line, frame: Frame) -> Html:
@@ -175,12 +179,12 @@ def series(line: Line, frame: Frame) -> Html:
     parts = []
     if line.look != "dots" and len(places) > 1:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(tag("polyline", points=path, class_=f"line c{line.colour}"))
+        parts.append(tag("polyline", points=path, class_=f"line {line.colour}"))
     if line.look != "line" or len(places) == 1:
         size = 1.6 if line.look == "dots" and len(places) > 40 else 2.6
         path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)
         look = "dots faint" if line.look == "dots" else "dots"
-        parts.append(tag("path", d=path, class_=f"{look} c{line.colour}", stroke_width=2 * size))
+        parts.append(tag("path", d=path, class_=f"{look} {line.colour}", stroke_width=2 * size))
     return joined(parts)
 
 

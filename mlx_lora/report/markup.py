@@ -67,14 +67,18 @@ def joined(*parts: Any) -> Html:
 
 
 def table(heads: Iterable[Any], rows: Iterable[Iterable[Any]], caption: str, **kind: Any) -> Html:
-    """Rows whose first cell is their heading, under a caption. It scrolls where it is too wide."""
+    """Rows whose first cell is their heading, under a caption. It scrolls where it is too wide.
+
+    The caption is a paragraph: a real one would be as narrow as its table.
+    """
     head = tag("tr", [tag("th", h, scope="col") for h in heads])
     body = [
         tag("tr", [tag("th", c, scope="row") if i == 0 else cell(c) for i, c in enumerate(row)])
         for row in rows
     ]
-    whole = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", body), **kind)
-    return tag("div", whole, class_="wide", tabindex="0", role="region", aria_label=caption)
+    whole = tag("table", tag("thead", head), tag("tbody", body), aria_label=caption, **kind)
+    wide = tag("div", whole, class_="wide", tabindex="0", role="region", aria_label=caption)
+    return joined(tag("p", caption, class_="quiet"), wide)
 
 
 def cell(inside: Any) -> Html:

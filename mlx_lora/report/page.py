@@ -51,6 +51,7 @@ def of(given: Path) -> Page:
     told = {"harmless": answers.harmless(folder), "rank": answers.rank(report)}
     if folder.kind == "run":
         told = {"finished": answers.finished(folder), "learned": answers.learned(folder), **told}
+    told["alerts"] = answers.watched(folder, report)
     parts, missing = {}, {}
     for name, (title, part) in PARTS.items():
         found = part(folder, report, why)
@@ -58,16 +59,16 @@ def of(given: Path) -> Page:
             missing[title] = found.why
         else:
             parts[name] = (title, found)
-    facts = {**about.settings(folder.config), **spectra.totals(report)}
+    facts = about.settings(folder.config) or spectra.totals(report)
     return Page(folder, told, parts, missing, facts)
 
 
 Part = Callable[[Folder, LoRAReport | None, str], Html | Missing]
 PARTS: Mapping[str, tuple[str, Part]] = {
     "alerts": ("Alerts", lambda run, report, why: about.alerts(run, report)),
-    "held-out": ("Held-out problems", lambda run, report, why: training.held_out(run)),
+    "held-out": ("Held out", lambda run, report, why: training.held_out(run)),
     "training": ("Training", lambda run, report, why: training.training(run)),
-    "samples": ("What the model wrote", lambda run, report, why: training.samples(run)),
+    "samples": ("Samples", lambda run, report, why: training.samples(run)),
     "check": ("The check", lambda run, report, why: checked.check(run)),
     "ranks": ("The adapter", lambda run, report, why: spectra.ranks(report, why)),
     "dominance": ("Against the base", lambda run, report, why: spectra.dominance(report, why)),
@@ -82,6 +83,7 @@ QUESTIONS = {
     "learned": "Did it learn?",
     "harmless": "Is it harmless?",
     "rank": "Which rank does it use?",
+    "alerts": "Did anything stand out?",
 }
 
 

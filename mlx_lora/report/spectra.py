@@ -90,7 +90,7 @@ def ranks(report: LoRAReport | None, why: str) -> Html | Missing:
         tag("h3", "Effective rank"),
         rank_table(report),
         tag("h3", "Singular values of the update"),
-        tag("p", "One line a block, strongest direction first, logarithmic.", class_="quiet"),
+        tag("p", "A line a block, from blue (first) to orange (last).", class_="quiet"),
         tag("div", singular_values(report), class_="charts"),
     )
 
@@ -131,30 +131,28 @@ def rank_table(report: LoRAReport) -> Html:
 
 
 def singular_values(report: LoRAReport) -> list[Html]:
-    """A panel a kind of module."""
+    """A panel a kind of module, all on the same axis."""
     where, found = places(report.adapters), defaultdict(list)
-    for name, (layer, kind) in where.items():
+    for name, (_, kind) in where.items():
         m = report.adapters[name]
         values = [abs(m.effective_lr_scale) * s for s in m.singular_values]
         if values and values[0] > 0:
-            label = "" if layer is None else f"block {layer}"
-            found[kind].append((label, [(i + 1.0, v) for i, v in enumerate(values)]))
+            found[kind].append([(i + 1.0, v) for i, v in enumerate(values)])
+    every = [y for some in found.values() for points in some for _, y in points if y > 0]
+    top = max(every, default=1.0)
+    low = max(min(every, default=1.0) / 1.3, top / 10**DECADES)
     panels = []
     for kind in kinds(where):
         every = found[kind]
         some = chosen(every, LINES)
-        top = max((points[0][1] for _, points in some), default=0.0)
+        shades = [SHADES * i // max(len(some), 1) for i in range(len(some))]
         lines = [
-            Line(
-                "",
-                [(x, y) for x, y in points if y > top / 10**DECADES],
-                "line",
-                min(7 * i // max(len(some) - 1, 1), 7),
-            )
-            for i, (_, points) in enumerate(some)
+            Line("", [p for p in points if p[1] >= low], "line", f"t{shade}")
+            for shade, points in zip(shades, some, strict=True)
         ]
         note = f"{len(some)} of {len(every)} modules" if len(some) < len(every) else ""
-        if drawn := chart(kind, lines, x="direction", log=True, note=note):
+        axis: dict[str, Any] = {"x": "direction", "log": True, "floor": low, "ceiling": 1.3 * top}
+        if drawn := chart(kind, lines, note=note, **axis):
             panels.append(drawn)
     return panels
 
@@ -210,7 +208,7 @@ def moved(looks: Sequence[Row]) -> list[Html | None]:
     for key, title, log in PANELS:
         medians = [(row.get("step"), medians_of(row.get(key), where)) for row in looks]
         rows = [{"step": step, **found} for step, found in medians]
-        lines = [Line(kind, pairs(rows, kind), "line", i % 8) for i, kind in enumerate(order)]
+        lines = [Line(kind, pairs(rows, kind), "line", f"c{i % 8}") for i, kind in enumerate(order)]
         limit = (LIMITS[key], "alert") if key in LIMITS else None
         floor = None if log else 0.0
         figures.append(chart(title, lines, log=log, floor=floor, limit=limit))

@@ -16,7 +16,7 @@ DARK = {
     "c0": "#7db4f0", "c1": "#f0915a", "c2": "#4cc3a0", "c3": "#e29cc4", "c4": "#e6b84c",
     "c5": "#69c0e8", "c6": "#ab98ec", "c7": "#a3a7ad",
 }  # fmt: skip
-SHADES = 10  # of a heat table: u0 to u9
+SHADES = 10  # of a heat table (u0 to u9), and of lines from the first block to the last (t0 to t9)
 RULES = """
 *{box-sizing:border-box}
 html{color-scheme:light dark;-webkit-text-size-adjust:100%}
@@ -28,27 +28,26 @@ h2{font-size:1.25rem;margin:0 0 10px}
 h3{font-size:1rem;margin:22px 0 8px}
 p{margin:6px 0;max-width:75ch}
 nav{position:sticky;top:0;background:var(--page);border-bottom:1px solid var(--rule);z-index:1}
-nav ul{display:flex;gap:4px 16px;list-style:none;padding-top:8px;padding-bottom:8px;
-overflow-x:auto;white-space:nowrap}
+nav ul{display:flex;gap:4px 15px;list-style:none;padding-top:8px;padding-bottom:8px;
+overflow-x:auto;white-space:nowrap;font-size:.92rem}
 a{color:var(--accent)}
 nav a{text-decoration:none}
 nav a:hover{text-decoration:underline}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 section{background:var(--card);border:1px solid var(--rule);border-radius:10px;
 padding:18px 20px;margin:18px 0;scroll-margin-top:48px}
-.quiet,figcaption+p{color:var(--quiet);font-size:.9rem}
-.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(250px,1fr));gap:14px}
+.quiet{color:var(--quiet);font-size:.9rem}
+.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,196px),1fr));gap:14px}
 .answer{border-left:5px solid var(--c7);padding:2px 0 2px 14px}
 .answer h3{margin:0 0 2px;color:var(--quiet);font-weight:500;font-size:.9rem}
-.answer .big{font-size:1.12rem;font-weight:600;line-height:1.35}
-.good{border-color:var(--good)}.warn{border-color:var(--warn)}.bad{border-color:var(--bad)}
+.answer .big{font-size:1.06rem;font-weight:600;line-height:1.35}
 .answer.good .big,.mark.good{color:var(--good)}
 .answer.warn .big,.mark.warn{color:var(--warn)}
 .answer.bad .big,.mark.bad{color:var(--bad)}
 .mark{font-weight:600;white-space:nowrap}
 .box{border-left:5px solid;padding:8px 14px;margin:12px 0;border-radius:0 6px 6px 0}
-.box.good{background:var(--good-wash)}.box.warn{background:var(--warn-wash)}
-.box.bad{background:var(--bad-wash)}
+.box.warn{background:var(--warn-wash)}.box.bad{background:var(--bad-wash)}
+.good{border-color:var(--good)}.warn{border-color:var(--warn)}.bad{border-color:var(--bad)}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr));
 gap:18px 24px}
 figure{margin:0;min-width:0}
@@ -59,7 +58,6 @@ svg text{font:11px system-ui,sans-serif;fill:var(--quiet)}
 .limit{stroke:var(--warn);stroke-dasharray:4 3}
 svg text.limit{stroke:none;fill:var(--warn)}
 .line{fill:none;stroke-width:1.8;stroke-linejoin:round}
-.thin{stroke-width:1;opacity:.75}
 .dots{fill:none;stroke-linecap:round}
 .faint{opacity:.4}
 .whisker{stroke-width:2.5;stroke-linecap:round}
@@ -68,19 +66,20 @@ svg text.limit{stroke:none;fill:var(--warn)}
 font-size:.85rem;color:var(--quiet)}
 .key{display:inline-block;width:14px;height:4px;border-radius:2px;margin-right:6px;
 vertical-align:middle}
+.key.spot{width:5px;height:5px;border-radius:50%;margin-left:4px}
 .wide{overflow-x:auto;margin:10px 0}
 table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--quiet);font-size:.9rem;padding-bottom:4px}
 th,td{text-align:left;padding:5px 12px 5px 0;border-bottom:1px solid var(--rule);
-vertical-align:top;font-weight:400}
+vertical-align:top;font-weight:400;overflow-wrap:anywhere}
 thead th{color:var(--quiet);font-size:.85rem;white-space:nowrap}
 td.n,th.n{text-align:right}
 table.heat td,table.heat th{padding:4px 8px;text-align:center;border:1px solid var(--card)}
 table.heat tbody th{color:var(--quiet);text-align:right}
 .low{outline:2px solid var(--warn);outline-offset:-2px}
-.b2{background:var(--good-wash)}.b3{background:var(--warn-wash)}
-.b4{background:var(--warn-wash);box-shadow:inset 0 0 0 2px var(--warn)}
-.b5{background:var(--bad-wash);box-shadow:inset 0 0 0 2px var(--bad)}
+.b2{background:color-mix(in srgb,var(--good) 9%,var(--card))}
+.b3{background:color-mix(in srgb,var(--warn) 9%,var(--card))}
+.b4{background:color-mix(in srgb,var(--warn) 30%,var(--card))}
+.b5{background:color-mix(in srgb,var(--bad) 38%,var(--card));font-weight:700}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;overflow:hidden;contain:paint;
 font:.9rem/1.45 ui-monospace,Menlo,Consolas,monospace;margin:2px 0 8px;unicode-bidi:plaintext}
 pre.text{background:var(--page);border-radius:6px;padding:8px 10px;max-height:24em;overflow:auto}
@@ -101,13 +100,17 @@ def sheet() -> str:
     """The whole style sheet."""
     colours = [f".c{i}{{stroke:var(--c{i})}}.key.c{i},.dot.c{i}{{background:var(--c{i});"
                f"fill:var(--c{i})}}" for i in range(8)]  # fmt: skip
+    gradient = [
+        f".t{i}{{stroke:color-mix(in srgb,var(--c1) {round(100 * i / (SHADES - 1))}%,var(--c0))}}"
+        for i in range(SHADES)
+    ]
     shades = [
         f".u{i}{{background:color-mix(in srgb,var(--heat) {round(100 * i / (SHADES - 1))}%,"
         "var(--card))}"
         for i in range(SHADES)
     ]
     dark = f"@media (prefers-color-scheme:dark){{:root{{{variables(DARK)}}}}}"
-    return "".join([f":root{{{variables(LIGHT)}}}", dark, RULES.replace("\n", ""), *colours, *shades])
+    return "".join([f":root{{{variables(LIGHT)}}}", dark, RULES.replace("\n", ""), *colours, *gradient, *shades])
 
 
 def variables(colours: dict[str, str]) -> str:

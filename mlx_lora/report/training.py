@@ -1,6 +1,6 @@
 """The part of the page on training: curves, held-out problems, what the model wrote on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -84,7 +84,13 @@ def training(run: Folder) -> Html | Missing:
         for name, loop in run.loops
         if (drawn := loop_curves(loop))
     ]
-    return joined(parts) if parts else Missing("no step is logged (metrics.jsonl)")
+    if not parts:
+        return Missing("no step is logged (metrics.jsonl)")
+    decides = None
+    if any(accuracies(run)):
+        words = "Each step has other problems: whether it learned, held-out problems say."
+        decides = tag("p", words, class_="quiet")
+    return joined(decides, *parts)
 
 
 def loop_curves(loop: Folder) -> Html | None:
@@ -94,10 +100,11 @@ def loop_curves(loop: Folder) -> Html | None:
     measured = {key for h in history for key in h} - set(ASIDE)
     told = next((n for n in curves.LEADING if n in measured), None)
     lead = tag("p", tag("strong", f"{curves.headline(history, told)}.")) if told else None
-    main = [figure for name in MAIN if name in measured and (figure := panel(rows, name))]
+    wanted = {n for n in MAIN if n == told or n not in curves.LEADING} & moving(history)
+    main = [figure for name in MAIN if name in wanted and (figure := panel(rows, name))]
     others = [
         figure
-        for name in sorted(measured - MAIN.keys())
+        for name in sorted(measured - wanted)
         if (figure := chart(name, [Line("", pairs(rows, name))]))
     ]
     fold = (
@@ -112,6 +119,15 @@ def loop_curves(loop: Folder) -> Html | None:
     return joined(lead, tag("div", main, class_="charts"), fold)
 
 
+def moving(history: Sequence[Mapping[str, float]]) -> set[str]:
+    """The metrics that have more than one value: the others need no picture."""
+    found: dict[str, set[float]] = {}
+    for row in history:
+        for name, value in row.items():
+            found.setdefault(name, set()).add(value)
+    return {name for name, values in found.items() if len(values) > 1 or len(history) == 1}
+
+
 def panel(rows: Sequence[Row], name: str) -> Html | None:
     """One metric over the steps: as measured, and its running mean where it is noisy."""
     points = pairs(rows, name)
@@ -122,10 +138,10 @@ def panel(rows: Sequence[Row], name: str) -> Html | None:
         mean = [(x, float(y)) for (x, _), y in zip(points, smooth, strict=True)]
         lines = [Line("a step", points, "dots"), Line(f"mean of {curves.WINDOW} steps", mean)]
     if name == "loss" and (valid := validations(rows)):
-        lines.append(Line("held out", valid, "both", 1))
+        lines.append(Line("held out", valid, "both", "c1"))
     if name == "reward":
         ends = (("fittest member", "fitness_max"), ("least fit", "fitness_min"))
-        lines += [Line(word, pairs(rows, key), "line", 7) for word, key in ends]
+        lines += [Line(word, pairs(rows, key), "line", "c7") for word, key in ends]
     ceiling = 1.0 if name in SHARES else None
     if name not in curves.LEADING and name not in curves.SIGNED and points:
         values = np.array([y for _, y in points])
