@@ -235,12 +235,17 @@ def spectrum(
     sarif: Annotated[Path | None, typer.Option(help="Write the alerts as SARIF.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write the alerts as JUnit XML.")] = None,
     option: Options = None,
+    compare: cli_spectral.Others = None,
+    more: cli_spectral.More = None,
+    states: cli_spectral.States = False,
     as_json: AsJson = False,
 ) -> None:
     """What the adapter is: effective rank, conditioning, dominance over the base, alerts.
 
     -o sets thresholds of alerts: -o dominance_warning.threshold=0.2.
     """
+    if others := cli_spectral.others(adapter, compare, more, states, deep=deep, option=option):
+        return cli_spectral.side_by_side(others, model, out, plots=plots, as_json=as_json)
     from mlx_lora.spectral import ci_files
     from mlx_lora.spectral.report import to_json, write
     from mlx_lora.spectral.request import analyze_named
