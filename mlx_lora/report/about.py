@@ -21,7 +21,8 @@ KEYS = {  # a key of the config -> what a person calls it
     "optimizer": "optimizer",
     "seed": "seed",
 }
-BAR = 120
+OF_A_STAGE = ("method", "iters", "batch_size", "learning_rate", "optimizer")
+BAR = 120  # units of a bar's picture
 
 
 def alerts(run: Folder, report: LoRAReport | None) -> Html | Missing:
@@ -131,10 +132,11 @@ def config(run: Folder) -> Html | Missing:
 def settings(found: Row) -> dict[str, str]:
     """What a person asks for first, of a config.yaml or an adapter_config.json."""
     lora, packed = mapping(found.get("lora_parameters")), mapping(found.get("quantize"))
-    said = {name: brief(found.get(key)) for key, name in KEYS.items()}
+    stages = [word(s.get("method")) for s in records(found.get("stages"))]
+    keys = {k: n for k, n in KEYS.items() if not (stages and k in OF_A_STAGE)}
+    said = {name: brief(found.get(key)) for key, name in keys.items()}
     said["rank and scale"] = f"{brief(lora.get('rank'))}, {brief(lora.get('scale'))}"
     said["quantized on load"] = f"to {brief(packed.get('bits'))} bits" if packed else ""
-    stages = [word(s.get("method")) for s in records(found.get("stages"))]
     said["stages"] = ", ".join(stages)
     return {key: value for key, value in said.items() if value and value != ", "}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlx_lora.report.compare import Between, Comparison, PairOf
-from mlx_lora.report.compare_show import ends
+from mlx_lora.report.compare_show import cosine, ends
 from mlx_lora.spectral.canvas import COLOURS, STYLE, WARNING, blank, inches, png
 from mlx_lora.spectral.names import kinds, places
 
@@ -36,13 +36,13 @@ def picture(found: Comparison) -> "Figure":
     where, pair = places(found.modules), ends(found)
     columns = kinds(where)
     rows = sorted({layer for layer, _ in where.values()}, key=lambda i: (i is None, i))
-    across, down = max(COLUMN * len(columns), 2.4), ROW * len(rows)
+    across, down = max(COLUMN * len(columns), 2.8), ROW * len(rows)
     width, lower = 3 * (across + 0.75) + 0.35, down + 0.95
-    height = lower + 2.9
+    height = lower + 2.35
     figure = blank(width, height, headline(pair))
     half = (width - 1.75) / 2
     for i, (key, label) in enumerate((("effective_rank", "rank used"), ("size", "‖scale·BA‖"))):
-        axis = inches(figure, 0.7 + i * (half + 0.75), lower + 0.75, half, 1.2)
+        axis = inches(figure, 0.7 + i * (half + 0.75), lower + 0.35, half, 1.1)
         bars(axis, found, key, columns, where)
         axis.set_title(f"{label}, mean over blocks", loc="left")
     figure.legend(
@@ -56,7 +56,16 @@ def picture(found: Comparison) -> "Figure":
         axis.set_title(title, loc="left")
         if i == 0:
             axis.set_ylabel("block")
+    figure.text(0.7 / width, 0.12 / height, footnote(pair))
     return figure
+
+
+def footnote(pair: PairOf) -> str:
+    """What the heat maps are of, and what chance gives."""
+    said = f"below: {pair.a} to {pair.b}, directions that hold 90 % of the energy"
+    if pair.chance_inputs is None or pair.chance_outputs is None:
+        return said
+    return f"{said}; chance gives {pair.chance_inputs:.0%} and {pair.chance_outputs:.0%} overlap"
 
 
 def bars(axis, found: Comparison, key: str, columns: list[str], where) -> None:
@@ -106,6 +115,6 @@ def headline(pair: PairOf) -> str:
     most = pair.modules[0]
     name = most.module.removeprefix("model.layers.")
     return (
-        f"{pair.a} to {pair.b}: cosine {pair.cosine:.2f}; {most.change_share or 0:.0%} of the change "
+        f"{pair.a} to {pair.b}: cosine {cosine(pair.cosine)}; {most.change_share or 0:.0%} of the change "
         f"in {name}"
     )

@@ -72,7 +72,7 @@ def from_to(values: Numbers) -> str:
 
 
 def cosine(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.2f}"
+    return ABSENT if value is None else f"{round(value, 2) + 0.0:.2f}"  # no -0.00
 
 
 def ends(found: Comparison) -> PairOf:

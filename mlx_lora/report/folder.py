@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_lora import yamlfile
 from mlx_lora.errors import RunError, UserError
+from mlx_lora.spectral.names import natural
 
 DOCUMENTS = (
     "status.json",
@@ -92,7 +93,7 @@ def contents(path: Path) -> Folder:
             config = mapping(yamlfile.parse(texts[CONFIG], CONFIG).value)
         except UserError as error:
             problems.append(f"{CONFIG} does not read: {error}")
-    stages = sorted((path / "stages").glob("[0-9]*_*"), key=lambda p: (len(p.name), p.name))
+    stages = sorted((path / "stages").glob("[0-9]*_*"), key=lambda p: natural(p.name))
     return Folder(
         path,
         documents,
