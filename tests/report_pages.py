@@ -59,7 +59,9 @@ def documents(folder: Path) -> dict:
     dominances = {name: 0.1 * i for i, name in enumerate(LAYERS)}
     spectrum["structural"]["scaled_per_layer_dominance"] = dominances
     action = "lower the scale"
-    spectrum["alerts"] = [{"name": "loud", "module": n, "message": "m", "action": action} for n in LAYERS]
+    spectrum["alerts"] = [
+        {"name": "loud", "module": n, "message": "m", "action": action} for n in LAYERS
+    ]
     steps = [{"step": i, "reward": 0.1 * i, "kl": 0.01 * i, "loss": 0.0} for i in range(12)]
     return {
         "status.json": {"state": "finished", "detail": "", "step": 11},

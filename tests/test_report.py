@@ -1,6 +1,7 @@
-"""The page of a run: answers right, hostile text harmless, missing parts named, reachable by all."""
+"""The page of a run: answers right, hostile text harmless, missing parts named, read aloud."""
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from mlx_lora.cli import app
 from mlx_lora.errors import RunError
-from mlx_lora.report import answers, chart, page, style
+from mlx_lora.report import chart, page, style
 from mlx_lora.report.answers import Share, difference
 from mlx_lora.report.markup import visible
 
@@ -29,11 +30,9 @@ PAYLOADS = (
     "x" * 10_000,
     "&lt;b&gt; {{7*7}} ${HOME} %s",
 )
-TAGS = set(
-    "html head meta title link style body header h1 h2 h3 p nav ul li a main section div footer "
-    "details summary table thead tbody tr th td figure figcaption svg line text polyline path "
-    "circle rect i span strong dl dt dd pre".split()
-)
+TAGS = "html head meta title link style body header h1 h2 h3 p nav ul li a main section div footer"
+TAGS += " details summary table thead tbody tr th td figure figcaption svg line text polyline path"
+TAGS += " circle rect i span strong dl dt dd pre"
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +115,10 @@ def test_a_run_that_did_not_finish_says_so(run, tmp_path, status, words):
 
 
 def test_supervised_and_unmeasured_runs_say_what_they_know(run, tmp_path):
-    losses = {"summary.json": {"valid_loss_before": 3.0, "valid_loss": 2.0}, "eval_before.json": None}
+    losses = {
+        "summary.json": {"valid_loss_before": 3.0, "valid_loss": 2.0},
+        "eval_before.json": None,
+    }
     found = page.of(changed(run, tmp_path / "a", **losses, **{"evals.jsonl": None}))
     assert found.answers["learned"].sentence.startswith("Held-out loss fell: 3 to 2")
     bare = {"summary.json": {}, "eval_before.json": None, "evals.jsonl": None}
@@ -216,23 +218,26 @@ def poisoned(value, payload: str):
 
 def refuse_anything_but_our_own(written: str) -> None:
     found = Seen(written)
-    assert set(found.tags) <= TAGS
+    assert set(found.tags) <= set(TAGS.split())
     assert not [n for _, n, _ in found.attributes if n.startswith("on") or n in ("src", "style")]
     assert all(v == "data:," or v.startswith("#") for v in found.values("href"))
     body = "".join(found.text)
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", body)
+    assert not re.search(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", body
+    )
     assert not re.search(r"https?://|url\(|@import", written)
 
 
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(PAYLOADS)
     | st.just(10**400),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    lambda inner: st.lists(inner, max_size=2)
+    | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )  # fmt: skip
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_value_anywhere_makes_a_sound_page(made, data):
     folder, whole = made
@@ -240,7 +245,9 @@ def test_any_value_anywhere_makes_a_sound_page(made, data):
     document, path = copy.deepcopy(whole[name]), []
     spot = document
     while isinstance(spot, dict | list) and spot and (not path or data.draw(st.booleans())):
-        key = data.draw(st.sampled_from(sorted(spot) if isinstance(spot, dict) else range(len(spot))))
+        key = data.draw(
+            st.sampled_from(sorted(spot) if isinstance(spot, dict) else range(len(spot)))
+        )
         path.append((spot, key))
         spot = spot[key]
     owner, key = path[-1]
@@ -260,7 +267,10 @@ def made(tmp_path_factory):
 
 
 def test_languages_that_need_their_marks_keep_them():
-    family, persian = "\U0001f469\u200d\U0001f467", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
+    family, persian = (
+        "\U0001f469\u200d\U0001f467",
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    )
     assert visible(family) == family and visible(persian) == persian
 
 
@@ -271,7 +281,7 @@ def test_headings_tables_and_pictures_can_be_read_aloud(run):
     found = seen(run)
     levels = [int(t[1]) for t in found.tags if re.fullmatch(r"h\d", t)]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
     by_tag = {t: [(n, v) for tag, n, v in found.attributes if tag == t] for t in ("svg", "th")}
     count = found.tags.count
     named = [v for n, v in by_tag["svg"] if n in ("aria-label", "aria-hidden")]
@@ -334,7 +344,9 @@ def test_points_lie_where_their_numbers_are():
 
 
 def test_the_command_writes_the_page_beside_the_run_and_one_document(run, tmp_path):
-    done = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "x.html"), "--json"])
+    done = CliRunner().invoke(
+        app, ["report", str(run), "--out", str(tmp_path / "x.html"), "--json"]
+    )
     found = json.loads(done.stdout)
     assert done.exit_code == 0 and found["answers"]["learned"]["verdict"] == "yes"
     assert (tmp_path / "x.html").read_text(encoding="utf-8").startswith("<!doctype html>")

@@ -1,4 +1,4 @@
-"""What a person asks first: is it finished, did it learn, is it harmless, which rank does it use."""
+"""What a person asks first: is it finished, did it learn, is it harmless, which rank is in use."""
 
 import math
 from dataclasses import dataclass
@@ -78,12 +78,14 @@ def finished(run: Folder) -> Answer:
 
 
 def learned(run: Folder) -> Answer:
-    """From the best evidence there is: held-out accuracy, held-out loss, then the training itself."""
+    """From the best evidence there is: held-out accuracy, held-out loss, then the training."""
     before, after = accuracies(run)
     if before and after:
         gain = difference(before, after)
         points = f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f} points"
-        said = f"accuracy on held-out problems from {percent(before.value)} to {percent(after.value)}"
+        said = (
+            f"accuracy on held-out problems from {percent(before.value)} to {percent(after.value)}"
+        )
         if gain.low > 0:
             return Answer("yes", "good", f"It learned: {said}", f"Gain {points}, 95 % interval")
         if gain.high < 0:
@@ -99,7 +101,9 @@ def accuracies(run: Folder) -> tuple[Share | None, Share | None]:
     before = Share.of(summary, "accuracy_before") or Share.of(run.one("eval_before.json"))
     after = Share.of(summary, "accuracy_after")
     if after is None:
-        rows = [s for _, loop in run.loops for row in loop.rows("evals.jsonl") if (s := Share.of(row))]
+        rows = [
+            s for _, loop in run.loops for row in loop.rows("evals.jsonl") if (s := Share.of(row))
+        ]
         after = rows[-1] if rows else None
     return before, after
 

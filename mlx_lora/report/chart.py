@@ -225,7 +225,9 @@ def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]]) 
     for i, (name, value, lower, upper) in enumerate(rows):
         y, colour = 20 + 30 * i, "c0" if i == len(rows) - 1 else "c7"
         parts.append(tag("text", name, x=left - 8, y=y, dy="0.32em", text_anchor="end"))
-        parts.append(tag("line", x1=at(lower), x2=at(upper), y1=y, y2=y, class_=f"whisker {colour}"))
+        parts.append(
+            tag("line", x1=at(lower), x2=at(upper), y1=y, y2=y, class_=f"whisker {colour}")
+        )
         parts.append(tag("circle", cx=at(value), cy=y, r=4.5, class_=f"dot {colour}"))
     words = "; ".join(f"{n} {v:.1%} ({a:.1%} to {b:.1%})" for n, v, a, b in rows)
     view = f"0 0 {WIDTH} {height}"

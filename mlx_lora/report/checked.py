@@ -73,10 +73,7 @@ def both(samples: list[Row]) -> Html | None:
     if not samples:
         return None
     same = [s for s in samples if s.get("base") == s.get("adapted")]
-    rows = [
-        [word(s.get("prompt")), passage(word(s.get("base"))), changed(s)]
-        for s in samples
-    ]
+    rows = [[word(s.get("prompt")), passage(word(s.get("base"))), changed(s)] for s in samples]
     whole = table(["prompt", "base", "with the adapter"], rows, "What both write, greedily")
     if len(same) < len(samples):
         return whole

@@ -77,9 +77,7 @@ class Comparison:
             "schema": SCHEMA,
             "adapters": [
                 {"name": name, "folder": str(folder), **whole(report)}
-                for name, folder, report in zip(
-                    self.names, self.folders, self.reports, strict=True
-                )
+                for name, folder, report in zip(self.names, self.folders, self.reports, strict=True)
             ],
             "modules": {name: dict(found) for name, found in self.modules.items()},
             "pairs": [asdict(pair) for pair in self.pairs],
@@ -121,7 +119,9 @@ def compare(
     everything = sorted({name for one in read for name in one}, key=natural)
     there = {m: [n for n, one in zip(names, read, strict=True) if m in one] for m in everything}
     misfits = {
-        m: [f"{i} to {o}" for i, o in sizes] for m in everything if len(sizes := sizes_of(m, read)) > 1
+        m: [f"{i} to {o}" for i, o in sizes]
+        for m in everything
+        if len(sizes := sizes_of(m, read)) > 1
     }
     common = [m for m in everything if len(there[m]) == len(read) and m not in misfits]
     if not common:
@@ -169,7 +169,7 @@ def strangers(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
     said = []
     for (a, first), (b, other) in itertools.combinations(zip(names, about, strict=True), 2):
         kinds = [x.get("model_type") for x in (first, other)]
-        sketches = [x.get("sketch") for x in (first, other)]
+        sketches: list[Any] = [x.get("sketch") for x in (first, other)]
         if None not in kinds and kinds[0] != kinds[1]:
             said.append(f"{a} is for a {kinds[0]}, {b} for a {kinds[1]}")
         elif all(sketches) and not bases.same_base(*sketches):
@@ -198,7 +198,11 @@ def part(pair: Pair) -> Part | None:
 
 
 def between(
-    a: str, b: str, modules: Sequence[str], first: Sequence[Part | None], other: Sequence[Part | None]
+    a: str,
+    b: str,
+    modules: Sequence[str],
+    first: Sequence[Part | None],
+    other: Sequence[Part | None],
 ) -> PairOf:
     """Everything about two adapters, by module and together."""
     rows = [one_module(*row) for row in zip(modules, first, other, strict=True)]
@@ -214,7 +218,9 @@ def between(
     size = np.sqrt(sum(x.square for x, _ in known) * sum(y.square for _, y in known))
     dot = sum(product(x.thin, y.thin) for x, y in known)
     means = {key: mean([getattr(row, key) for row in rows]) for key in SPACES}
-    return PairOf(a, b, float(dot / size) if size else None, float(np.sqrt(total)), **means, modules=ordered)
+    return PairOf(
+        a, b, float(dot / size) if size else None, float(np.sqrt(total)), **means, modules=ordered
+    )
 
 
 SPACES = ("overlap_inputs", "overlap_outputs", "chance_inputs", "chance_outputs")
@@ -233,7 +239,7 @@ def one_module(module: str, a: Part | None, b: Part | None) -> Between:
     chances = [max(x.shape[1], y.shape[1]) / len(x) for x, y in sides]
     angles = [tuple(np.degrees(np.arccos(principal_cosines(x, y))).tolist()) for x, y in sides]
     cosine = dot / float(np.sqrt(a.square * b.square))
-    return Between(module, change, None, cosine, *overlaps, *chances, *angles)
+    return Between(module, change, None, cosine, *overlaps, *chances, angles[0], angles[1])
 
 
 def mean(values: Sequence[float | None]) -> float | None:

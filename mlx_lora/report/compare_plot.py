@@ -113,8 +113,6 @@ def headline(pair: PairOf) -> str:
     if pair.cosine is None:
         return f"{pair.a} and {pair.b}: one of them holds no update"
     most = pair.modules[0]
-    name = most.module.removeprefix("model.layers.")
-    return (
-        f"{pair.a} to {pair.b}: cosine {cosine(pair.cosine)}; {most.change_share or 0:.0%} of the change "
-        f"in {name}"
-    )
+    name, share = most.module.removeprefix("model.layers."), most.change_share or 0.0
+    ends = f"{pair.a} to {pair.b}: cosine {cosine(pair.cosine)}"
+    return f"{ends}; {share:.0%} of the change in {name}"

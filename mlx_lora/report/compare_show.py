@@ -62,7 +62,10 @@ def changed(found: Comparison) -> "RenderableType":
             from_to(numbers["effective_rank"]),
             from_to(numbers["size"]),
             cosine(row.cosine),
-            *(ABSENT if x is None else f"{x:.0%}" for x in (row.overlap_inputs, row.overlap_outputs)),
+            *(
+                ABSENT if x is None else f"{x:.0%}"
+                for x in (row.overlap_inputs, row.overlap_outputs)
+            ),
         )
     return grid
 

@@ -12,13 +12,14 @@ from mlx_lora.errors import RunError
 from mlx_lora.report import about, answers, checked, spectra, training
 from mlx_lora.report.answers import Answer
 from mlx_lora.report.folder import Folder, read
-from mlx_lora.report.markup import Html, joined, tag
+from mlx_lora.report.markup import Html, tag
 from mlx_lora.report.missing import Missing
 from mlx_lora.report.style import sheet
 from mlx_lora.runlog import atomically
 from mlx_lora.spectral.metrics import LoRAReport
 
 FILE = "report.html"
+NOTHING = "base-uri 'none'; form-action 'none'"
 SCHEMA = 1  # of to_json
 
 
@@ -99,7 +100,7 @@ def render(page: Page) -> str:
     """The document. Nothing in it is fetched, and no script can run."""
     style = sheet()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; {NOTHING}"
     title = f"{page.folder.path.resolve().name}: {page.folder.kind}"
     head = tag(
         "head",
@@ -169,4 +170,3 @@ def write(page: Page, path: Path) -> None:
             f"the report cannot be written to {path}: {error.strerror}",
             "Give another file with --out.",
         ) from error
-

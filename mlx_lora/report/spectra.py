@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mlx_lora.errors import UserError
 from mlx_lora.report.chart import Line, chart
-from mlx_lora.report.folder import Folder, Row, mapping, records
+from mlx_lora.report.folder import Folder, Row, mapping, records, word
 from mlx_lora.report.markup import Html, joined, number, shown, table, tag
 from mlx_lora.report.missing import Missing
 from mlx_lora.report.style import SHADES
@@ -72,8 +72,9 @@ def typed(document: Row) -> LoRAReport:
     structural = TypeAdapter(LoRAStructuralMetrics).validate_python(document.get("structural"))
     dynamics = TypeAdapter(LoRADynamicsMetrics | None).validate_python(document.get("dynamics"))
     rank = TypeAdapter(int | None).validate_python(document.get("suggested_rank"))
+    keys = ("name", "module", "message", "action")
     found = [
-        Finding(*(str(row.get(key) or "") for key in ("name", "module", "message", "action")))
+        Finding(**{key: word(row.get(key)) for key in keys})
         for row in records(document.get("alerts"))
     ]
     ordered = {name: adapters[name] for name in sorted(adapters, key=natural)}
@@ -181,9 +182,7 @@ def dominance(report: LoRAReport | None, why: str) -> Html | Missing:
 
     edges = ", ".join(f"{word} up to {edge:g}" for edge, _, word in BANDS[:-1])
     note = f"The adapter's strongest direction over the base's: {edges}, {BANDS[-1][2]} above."
-    return joined(
-        tag("p", note, class_="quiet"), grid(report, cell, "σ_max(scale·BA) / σ_max(W)")
-    )
+    return joined(tag("p", note, class_="quiet"), grid(report, cell, "σ_max(scale·BA) / σ_max(W)"))
 
 
 def dynamics(run: Folder) -> Html | Missing:

@@ -110,7 +110,16 @@ def sheet() -> str:
         for i in range(SHADES)
     ]
     dark = f"@media (prefers-color-scheme:dark){{:root{{{variables(DARK)}}}}}"
-    return "".join([f":root{{{variables(LIGHT)}}}", dark, RULES.replace("\n", ""), *colours, *gradient, *shades])
+    return "".join(
+        [
+            f":root{{{variables(LIGHT)}}}",
+            dark,
+            RULES.replace("\n", ""),
+            *colours,
+            *gradient,
+            *shades,
+        ]
+    )
 
 
 def variables(colours: dict[str, str]) -> str:

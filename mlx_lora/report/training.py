@@ -54,7 +54,9 @@ def held_out(run: Folder) -> Html | Missing:
     sampled = [number(summary.get(f"accuracy_{when}_sampled")) for when in ("before", "after")]
     note = None
     if None not in sampled:
-        note = f"Sampled at temperature 1: {percent(sampled[0])} before, {percent(sampled[1])} after."
+        note = (
+            f"Sampled at temperature 1: {percent(sampled[0])} before, {percent(sampled[1])} after."
+        )
     return joined(
         tag("div", parts, class_="charts"),
         tag("p", note, class_="quiet") if note else None,
@@ -173,7 +175,9 @@ def samples(run: Folder) -> Html | Missing:
             sides = [side(rows, step) for step in dict.fromkeys((steps[0], steps[-1]))]
             parts += [tag("h3", name) if name else None, tag("div", sides, class_="sides")]
     if not parts:
-        return Missing("no completion is logged (samples.jsonl), which is so for supervised training")
+        return Missing(
+            "no completion is logged (samples.jsonl), which is so for supervised training"
+        )
     note = "Of up to four problems the best, the worst and another completion. All are in the file."
     return joined(tag("p", note, class_="quiet"), *parts)
 
@@ -212,7 +216,9 @@ def passage(text: str, name: str = "pre", class_: str = "text") -> Html:
         tag(name, text[: LONG // 4] + " …", class_=class_, dir="auto"),
         tag(
             "details",
-            tag("summary", f"all {len(text):,} letters" if not more else f"{WHOLE:,} letters of it"),
+            tag(
+                "summary", f"all {len(text):,} letters" if not more else f"{WHOLE:,} letters of it"
+            ),
             tag("pre", text[:WHOLE] + more, class_="text", dir="auto"),
         ),
     )
