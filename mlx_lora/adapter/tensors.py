@@ -6,7 +6,7 @@ Where layers have different ranks, the file holds them all at the largest, fille
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ def folder_of(given: str) -> Path:
     """
     path = Path(given)
     return path.parent if path.name in (WEIGHTS, "adapter_model.safetensors") else path
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """Short names that tell the adapters apart: the last part of each path that differs."""
+    for depth in range(1, max(len(f.parts) for f in folders) + 1):
+        short = ["/".join(f.parts[-depth:]) for f in folders]
+        if len(set(short)) == len(short):
+            return short
+    return [f"{i + 1}:{f}" for i, f in enumerate(folders)]
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:

@@ -11,12 +11,11 @@ import numpy as np
 
 from mlx_lora import bases
 from mlx_lora.adapter.mapped import widened
+from mlx_lora.adapter.tensors import labels
 from mlx_lora.cpu_threads import each
 from mlx_lora.errors import AdapterError, ConfigError, RunError
-from mlx_lora.rl import checkpoints
 from mlx_lora.runlog import atomically
 from mlx_lora.ship.algebra import Decomposed, Thin, decomposed, overlap, principal_cosines, product
-from mlx_lora.ship.merge import labels
 from mlx_lora.spectral.metrics import LoRAReport, k90
 from mlx_lora.spectral.names import natural
 from mlx_lora.spectral.read import adapter_folder, of_folder
@@ -89,6 +88,8 @@ class Comparison:
 
 def states(run: Path) -> list[Path]:
     """The adapters that a run kept: its start, its checkpoints, its best, its end."""
+    from mlx_lora.rl import checkpoints  # loads mlx-lm
+
     found = [run / "adapters" / "initial", *checkpoints.every(run / "checkpoints")]
     found += [run / "adapters" / "best", run / "adapters"]
     kept = [folder for folder in found if (folder / "adapter_config.json").is_file()]
@@ -235,11 +236,12 @@ def one_module(module: str, a: Part | None, b: Part | None) -> Between:
     if not (len(a.main.s_K) and len(b.main.s_K)):
         return Between(module, change, None, None, None, None, None, None)
     sides = ((a.main.u_IK, b.main.u_IK), (a.main.v_OK, b.main.v_OK))
-    overlaps = [overlap(x, y) for x, y in sides]
-    chances = [max(x.shape[1], y.shape[1]) / len(x) for x, y in sides]
-    angles = [tuple(np.degrees(np.arccos(principal_cosines(x, y))).tolist()) for x, y in sides]
+    over_in, over_out = (overlap(x, y) for x, y in sides)
+    chance_in, chance_out = (max(x.shape[1], y.shape[1]) / len(x) for x, y in sides)
+    angles_in, angles_out = (np.degrees(np.arccos(principal_cosines(*s))).tolist() for s in sides)
     cosine = dot / float(np.sqrt(a.square * b.square))
-    return Between(module, change, None, cosine, *overlaps, *chances, angles[0], angles[1])
+    spaces = (over_in, over_out, chance_in, chance_out, angles_in, angles_out)
+    return Between(module, change, None, cosine, *spaces)
 
 
 def mean(values: Sequence[float | None]) -> float | None:

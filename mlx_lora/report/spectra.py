@@ -14,7 +14,6 @@ from mlx_lora.report.markup import Html, joined, number, shown, table, tag
 from mlx_lora.report.missing import Missing
 from mlx_lora.report.style import SHADES
 from mlx_lora.report.training import pairs
-from mlx_lora.rl import checkpoints
 from mlx_lora.spectral.metrics import (
     ILL_CONDITIONED,
     LOW_UTILIZATION,
@@ -61,6 +60,8 @@ def newest(run: Folder) -> Any:
     folder = adapter_folder(run.path)
     if (folder / "adapter_config.json").is_file():
         return folder
+    from mlx_lora.rl import checkpoints  # loads mlx-lm
+
     places = [run.path, *(s.path for s in reversed(run.stages))]
     found = [c for place in places for c in reversed(checkpoints.every(place / "checkpoints"))]
     return found[0] if found else None
@@ -72,13 +73,18 @@ def typed(document: Row) -> LoRAReport:
     structural = TypeAdapter(LoRAStructuralMetrics).validate_python(document.get("structural"))
     dynamics = TypeAdapter(LoRADynamicsMetrics | None).validate_python(document.get("dynamics"))
     rank = TypeAdapter(int | None).validate_python(document.get("suggested_rank"))
-    keys = ("name", "module", "message", "action")
-    found = [
-        Finding(**{key: word(row.get(key)) for key in keys})
-        for row in records(document.get("alerts"))
-    ]
+    found = [alert(row) for row in records(document.get("alerts"))]
     ordered = {name: adapters[name] for name in sorted(adapters, key=natural)}
     return LoRAReport(ordered, structural, dynamics, found, rank)
+
+
+def alert(row: Row) -> Finding:
+    return Finding(
+        word(row.get("name")),
+        word(row.get("module")),
+        word(row.get("message")),
+        word(row.get("action")),
+    )
 
 
 def ranks(report: LoRAReport | None, why: str) -> Html | Missing:

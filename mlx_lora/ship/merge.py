@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_lora import bases
 from mlx_lora.adapter import files
+from mlx_lora.adapter.tensors import labels
 from mlx_lora.errors import AdapterError, ConfigError
 from mlx_lora.runlog import RunLog, atomically
 from mlx_lora.ship.algebra import Thin, decomposed, overlap, product, rebuilt
@@ -175,15 +176,6 @@ def compared(name_a: str, name_b: str, a: Trained, b: Trained) -> dict[str, Any]
     return {"a": name_a, "b": name_b, "cosine": dot / size if size else 0.0, **means} | {
         "layers": layers
     }
-
-
-def labels(folders: Sequence[Path]) -> list[str]:
-    """Short names that tell the adapters apart: the last part of each path that differs."""
-    for depth in range(1, max(len(f.parts) for f in folders) + 1):
-        short = ["/".join(f.parts[-depth:]) for f in folders]
-        if len(set(short)) == len(short):
-            return short
-    return [f"{i + 1}:{f}" for i, f in enumerate(folders)]
 
 
 def config_of(trained: Sequence[Trained], merged: Merged) -> dict[str, Any]:
