@@ -16,6 +16,8 @@ from mlx_lora.doctor import examine
 from mlx_lora.plan import plan
 from mlx_lora.progress import console
 from mlx_lora.registry import options
+from mlx_lora.report import page as report_page
+from mlx_lora.report.compare import compare, states
 from mlx_lora.rl.monitor import watchers
 from mlx_lora.runlog import json_safe
 from mlx_lora.spectral import metrics as spectral
@@ -47,7 +49,8 @@ WHOLE |= {"structural.per_layer_intruders"}
 FAMILIES = {"reason": "CODE", "reward": "PART"}  # reason/correct is in the row of reason/CODE
 NAMED = {"matrices": "MODULE", "adapters": "MODULE", "norms": "MODULE", "versions": "PACKAGE"}
 NAMED |= {"structural.by_block": "BLOCK", "structural.by_kind": "KIND"}
-NAMED |= dict.fromkeys(BY_MODULE, "MODULE") | {"ranks": "MODULE"}
+NAMED |= dict.fromkeys(BY_MODULE, "MODULE") | {"ranks": "MODULE", "modules": "MODULE"}
+NAMED |= {"answers": "QUESTION"}
 Rows = dict[str, str]
 
 
@@ -238,6 +241,22 @@ def test_a_spectrum_holds_the_documented_keys(run):
 def test_the_weights_hold_the_documented_keys():
     stats = {"q_proj": WeightStats((2, 3), 1.0, 1.0, 0.7, 2.0, 3.0, 3.0, 0.0)}
     assert emitted(json_safe(to_json_of_weights(stats))) == documented("weights.json")
+
+
+def test_a_report_prints_the_documented_keys(run):
+    printed = report_page.of(run).to_json() | {
+        "out": "",
+        "problems": [],
+        "missing": [{"part": 1, "why": 1}],
+    }
+    assert emitted(printed) == documented("report --json")
+    assert (run / report_page.FILE).is_file()
+
+
+def test_a_comparison_holds_the_documented_keys(run):
+    found = compare(states(run)).to_json()
+    found |= {"only": [{"module": "", "adapters": []}], "misfits": [{"module": "", "sizes": []}]}
+    assert emitted(found) == documented("compare.json")
 
 
 def test_an_alert_holds_the_documented_keys():
