@@ -117,13 +117,13 @@ def column(history: History, name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([s for s, _ in pairs]), np.array([v for _, v in pairs])
 
 
-def running_mean(values: np.ndarray) -> np.ndarray:
-    """Over the last WINDOW values, fewer at the start.
+def running_mean(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
+    """Over the last `window` values, fewer at the start.
 
     >>> running_mean(np.array([0.0, 2.0, 4.0])).tolist()
     [0.0, 1.0, 2.0]
     """
-    return np.array([values[max(0, i - WINDOW + 1) : i + 1].mean() for i in range(len(values))])
+    return np.array([values[max(0, i - window + 1) : i + 1].mean() for i in range(len(values))])
 
 
 def headline(history: History, name: str) -> str:

@@ -42,6 +42,7 @@ def test_a_run_leaves_everything_behind(finished):
     assert names >= {
         "config.yaml", "environment.json", "check.json", "metrics.jsonl", "samples.jsonl", "base",
         "adapters", "spectrum.json", "time_breakdown.json", "time_breakdown.png", "status.json",
+        "report.html",
     }  # fmt: skip
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3

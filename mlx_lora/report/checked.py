@@ -72,16 +72,21 @@ def both(samples: list[Row]) -> Html | None:
     """What the base and the adapted model write, side by side where they differ."""
     if not samples:
         return None
-    same = [s for s in samples if s.get("base") == s.get("adapted")]
-    rows = [[word(s.get("prompt")), passage(word(s.get("base"))), changed(s)] for s in samples]
-    whole = table(["prompt", "base", "with the adapter"], rows, "What both write, greedily")
-    if len(same) < len(samples):
-        return whole
+    same = sum(sample.get("base") == sample.get("adapted") for sample in samples)
+    whole = [side_by_side(sample) for sample in samples]
+    if same < len(samples):
+        title = f"What both write, greedily: {same} of {len(samples)} are the same"
+        return joined(tag("h3", title), whole)
     said = f"All {len(samples)} samples are equal to the letter"
     return tag("details", tag("summary", said), whole)
 
 
-def changed(sample: Row) -> Html:
-    if sample.get("base") == sample.get("adapted"):
-        return tag("span", "the same", class_="quiet")
-    return passage(word(sample.get("adapted")))
+def side_by_side(sample: Row) -> Html:
+    """A prompt, and under it what each side made of it; one text where they agree."""
+    base, adapted = word(sample.get("base")), word(sample.get("adapted"))
+    texts = {"both": base} if base == adapted else {"base": base, "with the adapter": adapted}
+    sides = [
+        tag("div", tag("p", whose, class_="whose"), passage(text)) for whose, text in texts.items()
+    ]
+    prompt = passage(word(sample.get("prompt")), "p", "prompt")
+    return tag("div", prompt, tag("div", sides, class_="sides"), class_="problem")

@@ -31,6 +31,7 @@ from mlx_lora.spectral.trajectories import PANELS, by_kind
 from mlx_lora.types import Finding
 
 LINES = 48  # of a panel; of more modules some are drawn, evenly chosen
+LOOKS = 120  # of a long run, evenly chosen
 LIMITS = {"rank_utilization": LOW_UTILIZATION, "kappa_B": ILL_CONDITIONED}
 Cell = Callable[[list[str]], Html]
 
@@ -164,7 +165,7 @@ def singular_values(report: LoRAReport) -> list[Html]:
     return panels
 
 
-def chosen(some: list[Any], most: int) -> list[Any]:
+def chosen(some: Sequence[Any], most: int) -> Sequence[Any]:
     """All, or `most` of them evenly spread."""
     if len(some) <= most:
         return some
@@ -206,6 +207,7 @@ def dynamics(run: Folder) -> Html | Missing:
 
 
 def moved(looks: Sequence[Row]) -> list[Html | None]:
+    looks = chosen(looks, LOOKS)
     names = [str(n) for n in mapping(looks[-1].get("kappa_A"))]
     where = places(names)
     order = kinds(where)

@@ -70,10 +70,12 @@ vertical-align:middle}
 .wide{overflow-x:auto;margin:10px 0}
 table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:5px 12px 5px 0;border-bottom:1px solid var(--rule);
-vertical-align:top;font-weight:400;overflow-wrap:anywhere}
+vertical-align:top;font-weight:400}
+td:last-child{overflow-wrap:anywhere}
 thead th{color:var(--quiet);font-size:.85rem;white-space:nowrap}
 td.n,th.n{text-align:right}
 table.heat td,table.heat th{padding:4px 8px;text-align:center;border:1px solid var(--card)}
+table.heat td,table.heat th{white-space:nowrap;overflow-wrap:normal}
 table.heat tbody th{color:var(--quiet);text-align:right}
 .low{outline:2px solid var(--warn);outline-offset:-2px}
 .b2{background:color-mix(in srgb,var(--good) 9%,var(--card))}
@@ -85,13 +87,14 @@ font:.9rem/1.45 ui-monospace,Menlo,Consolas,monospace;margin:2px 0 8px;unicode-b
 pre.text{background:var(--page);border-radius:6px;padding:8px 10px;max-height:24em;overflow:auto}
 .sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:8px 28px}
 .problem{margin:14px 0;padding-top:8px;border-top:1px solid var(--rule)}
+.whose{margin:0;color:var(--quiet);font-size:.85rem}
 .prompt{font-weight:600;margin:0 0 4px;overflow-wrap:anywhere;unicode-bidi:plaintext}
 summary{cursor:pointer;color:var(--accent);padding:4px 0}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 18px;margin:8px 0}
 dt{color:var(--quiet)}dd{margin:0;overflow-wrap:anywhere}
 footer{color:var(--quiet);font-size:.85rem;padding-bottom:40px}
 @media (max-width:600px){main,header,footer,nav ul{padding-left:12px;padding-right:12px}
-section{padding:14px 12px}dl{grid-template-columns:1fr}dd{margin-bottom:6px}}
+section{padding:14px 12px}table.heat td,table.heat th{padding:4px 5px}dl{grid-template-columns:1fr}dd{margin-bottom:6px}}
 @media print{nav{display:none}section{break-inside:avoid;border:0;padding:0}}
 """
 

@@ -22,6 +22,8 @@ MAIN = {  # metric -> title; drawn first, in this order, where it was measured
 }
 SHARES = ("accuracy", "groups_without_signal")
 ASIDE = ("step", "valid_loss", "valid_loss_before", "fitness_min", "fitness_max")
+CROWDED = 150  # points: beyond, a line through all of them is a band
+SMOOTH = 40  # windows of a running mean in a long run
 LONG = 1200  # letters of a text that are shown at once
 WHOLE = 6000  # and behind a fold; more than that stays in the file
 
@@ -135,10 +137,11 @@ def panel(rows: Sequence[Row], name: str) -> Html | None:
     points = pairs(rows, name)
     lines = [Line("", points, "line" if len(points) > 8 else "both")]
     note = ""
-    if name in curves.LEADING:
-        smooth = curves.running_mean(np.array([y for _, y in points]))
+    if name in curves.LEADING or len(points) > CROWDED:
+        window = max(curves.WINDOW, len(points) // SMOOTH)
+        smooth = curves.running_mean(np.array([y for _, y in points]), window)
         mean = [(x, float(y)) for (x, _), y in zip(points, smooth, strict=True)]
-        lines = [Line("a step", points, "dots"), Line(f"mean of {curves.WINDOW} steps", mean)]
+        lines = [Line("a step", points, "dots"), Line(f"mean of {window}", mean)]
     if name == "loss" and (valid := validations(rows)):
         lines.append(Line("held out", valid, "both", "c1"))
     if name == "reward":
