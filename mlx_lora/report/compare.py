@@ -23,6 +23,7 @@ from mlx_lora.spectral.report import LoRAAnalyzer, Tell
 from mlx_lora.spectral.spectrum import Pair, finite
 
 SCHEMA = 1
+BLUR = 1e-7  # of the sizes of two updates: what rounding leaves of their difference
 MOST = 12  # adapters of one comparison: the pairs grow with its square
 Numbers = list[float | None]  # one of each adapter, in order; None: it has no such number
 
@@ -228,11 +229,12 @@ SPACES = ("overlap_inputs", "overlap_outputs", "chance_inputs", "chance_outputs"
 
 
 def one_module(module: str, a: Part | None, b: Part | None) -> Between:
-    """Two updates of one weight. The change is exact to 1e-8 of their sizes."""
+    """Two updates of one weight. The change is exact to BLUR of their sizes, and 0 below."""
     if a is None or b is None:
         return Between(module, None, None, None, None, None, None, None)
     dot = product(a.thin, b.thin)
-    change = float(np.sqrt(max(a.square + b.square - 2 * dot, 0.0)))
+    squared, sizes = a.square + b.square - 2 * dot, a.square + b.square
+    change = float(np.sqrt(squared)) if squared > BLUR**2 * sizes else 0.0
     if not (len(a.main.s_K) and len(b.main.s_K)):
         return Between(module, change, None, None, None, None, None, None)
     sides = ((a.main.u_IK, b.main.u_IK), (a.main.v_OK, b.main.v_OK))

@@ -62,7 +62,7 @@ def picture(found: Comparison) -> "Figure":
 
 def footnote(pair: PairOf) -> str:
     """What the heat maps are of, and what chance gives."""
-    said = f"below: {pair.a} to {pair.b}, directions that hold 90 % of the energy"
+    said = f"heat maps: {pair.a} to {pair.b}, directions that hold 90 % of the energy"
     if pair.chance_inputs is None or pair.chance_outputs is None:
         return said
     return f"{said}; chance gives {pair.chance_inputs:.0%} and {pair.chance_outputs:.0%} overlap"

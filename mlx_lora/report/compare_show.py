@@ -50,6 +50,7 @@ def overlap(pair: PairOf, side: str) -> str:
 def changed(found: Comparison) -> "RenderableType":
     """The modules of the pair of first and last that moved most."""
     pair = ends(found)
+    first = found.names.index(pair.a)
     count = min(FIRST, len(pair.modules))
     title = f"changed most from {pair.a} to {pair.b}: {count} of {len(pair.modules)} modules"
     heads = ("", "share", "rank used", "size", "cosine", "inputs", "outputs")
@@ -59,8 +60,8 @@ def changed(found: Comparison) -> "RenderableType":
         grid.add_row(
             row.module.removeprefix("model.layers."),
             percent(row.change_share),
-            from_to(numbers["effective_rank"]),
-            from_to(numbers["size"]),
+            from_to(numbers["effective_rank"], first),
+            from_to(numbers["size"], first),
             cosine(row.cosine),
             *(
                 ABSENT if x is None else f"{x:.0%}"
@@ -70,8 +71,9 @@ def changed(found: Comparison) -> "RenderableType":
     return grid
 
 
-def from_to(values: Numbers) -> str:
-    return " → ".join(ABSENT if v is None else f"{v:.2g}" for v in (values[0], values[-1]))
+def from_to(values: Numbers, first: int) -> str:
+    ends = (values[first], values[-1])
+    return " → ".join(ABSENT if v is None else f"{v:.2g}" for v in ends)
 
 
 def cosine(value: float | None) -> str:
@@ -79,8 +81,9 @@ def cosine(value: float | None) -> str:
 
 
 def ends(found: Comparison) -> PairOf:
-    """The pair of the first adapter and the last."""
-    return found.pairs[len(found.names) - 2]
+    """The pair of the first adapter that holds an update, and the last."""
+    with_last = [pair for pair in found.pairs if pair.b == found.names[-1]]
+    return next((pair for pair in with_last if pair.cosine is not None), with_last[0])
 
 
 def table(title: str, *heads: str):

@@ -94,7 +94,8 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 18px;margin:8px 0}
 dt{color:var(--quiet)}dd{margin:0;overflow-wrap:anywhere}
 footer{color:var(--quiet);font-size:.85rem;padding-bottom:40px}
 @media (max-width:600px){main,header,footer,nav ul{padding-left:12px;padding-right:12px}
-section{padding:14px 12px}table.heat td,table.heat th{padding:4px 5px}dl{grid-template-columns:1fr}dd{margin-bottom:6px}}
+section{padding:14px 12px}table.heat td,table.heat th{padding:4px 5px}
+dl{grid-template-columns:1fr}dd{margin-bottom:6px}}
 @media print{nav{display:none}section{break-inside:avoid;border:0;padding:0}}
 """
 
