@@ -200,7 +200,8 @@ def rank(report: LoRAReport | None) -> Answer:
         return Answer("unknown", "plain", "Not known: there is no spectrum", "")
     used = [m.rank_utilization for m in report.adapters.values() if m.rank_utilization is not None]
     mean = sum(used) / len(used) if used else 0.0
-    tone = "bad" if report.status != "trained" else "good" if mean >= LOW_UTILIZATION else "warn"
+    sound = report.status == "trained" and mean >= LOW_UTILIZATION
+    tone = "bad" if report.status == "non_finite" else "good" if sound else "warn"
     more = report.suggested_rank
     detail = "" if more is None else f"Rank {more} would hold what every module uses"
     return Answer(report.status, tone, f"It {finding(report)}", detail)
