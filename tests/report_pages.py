@@ -22,7 +22,10 @@ SUMMARY = {
     "accuracy_before_high": 0.41, "accuracy_before_sampled": 0.4, "accuracy_after": 0.63,
     "accuracy_after_low": 0.58, "accuracy_after_high": 0.67, "accuracy_after_sampled": 0.5,
     "reasons_before": {"correct": 3, "wrong_value": 7}, "reasons_after": {"correct": 8},
-    "kl_to_base_after": 0.1, "seconds": 12.0,
+    "kl_to_base_after": 0.1, "seconds": 12.0, "valid_loss": 2.5, "test_loss": 2.25,
+    "best": {"step": 5, "metric": "accuracy", "value": 0.65},
+    "stages": [{"name": "1_sft", "accuracy": 0.4, "accuracy_low": 0.3, "accuracy_high": 0.5},
+               {"name": "2_grpo", "valid_loss": 2.5}],
 }  # fmt: skip
 TIMES = {
     "total": 10.0, "parts": 1,

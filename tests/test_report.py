@@ -70,7 +70,16 @@ def test_a_whole_run_has_every_part_and_its_answers(run):
         "alerts": "some",
     }  # fmt: skip
     text = " ".join(Seen(page.render(found)).text)
-    for words in ("37.0%", "63.0%", "kl is 3", "loud", "equal to the bit"):
+    for words in (
+        "after 1_sft",
+        "accuracy 0.65 after step 5",
+        "2.25",
+        "37.0%",
+        "63.0%",
+        "kl is 3",
+        "loud",
+        "equal to the bit",
+    ):
         assert words in text
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_lora import __version__
 from mlx_lora.errors import RunError
-from mlx_lora.report import about, answers, checked, spectra, training
+from mlx_lora.report import about, answers, checked, measured, spectra, training
 from mlx_lora.report.answers import Answer
 from mlx_lora.report.folder import Folder, read
 from mlx_lora.report.markup import Html, tag
@@ -67,7 +67,7 @@ def of(given: Path) -> Page:
 Part = Callable[[Folder, LoRAReport | None, str], Html | Missing]
 PARTS: Mapping[str, tuple[str, Part]] = {
     "alerts": ("Alerts", lambda run, report, why: about.alerts(run, report)),
-    "held-out": ("Held out", lambda run, report, why: training.held_out(run)),
+    "held-out": ("Held out", lambda run, report, why: measured.held_out(run)),
     "training": ("Training", lambda run, report, why: training.training(run)),
     "samples": ("Samples", lambda run, report, why: training.samples(run)),
     "check": ("The check", lambda run, report, why: checked.check(run)),

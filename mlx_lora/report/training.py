@@ -1,14 +1,14 @@
-"""The part of the page on training: curves, held-out problems, what the model wrote on the way."""
+"""The part of the page on training: curves, and what the model wrote on the way."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from mlx_lora import curves
-from mlx_lora.report.answers import Share, accuracies, history_of
-from mlx_lora.report.chart import Line, chart, interval_chart
-from mlx_lora.report.folder import Folder, Row, mapping, word
-from mlx_lora.report.markup import Html, joined, number, percent, shown, table, tag
+from mlx_lora.report.answers import accuracies, history_of
+from mlx_lora.report.chart import Line, chart
+from mlx_lora.report.folder import Folder, Row, word
+from mlx_lora.report.markup import Html, joined, number, shown, tag
 from mlx_lora.report.missing import Missing
 
 MAIN = {  # metric -> title; drawn first, in this order, where it was measured
@@ -26,59 +26,6 @@ CROWDED = 150  # points: beyond, a line through all of them is a band
 SMOOTH = 40  # windows of a running mean in a long run
 LONG = 1200  # letters of a text that are shown at once
 WHOLE = 6000  # and behind a fold; more than that stays in the file
-
-
-def held_out(run: Folder) -> Html | Missing:
-    """Accuracy before, on the way and after, and why answers were wrong."""
-    before, after = accuracies(run)
-    summary = run.one("summary.json")
-    rows = [("before", before)]
-    rows += [
-        (f"after {word(s.get('name'))}", Share.of(s))
-        for s in summary.get("stages") or ()
-        if isinstance(s, dict)
-    ][:-1]
-    rows.append(("after", after))
-    known = [(n, s.value, s.low, s.high) for n, s in rows if s]
-    way = [
-        chart(
-            " ".join(["held-out accuracy on the way, greedy", name]).strip(),
-            [Line("", pairs(loop.rows("evals.jsonl"), "accuracy"), "both")],
-            floor=0.0,
-        )
-        for name, loop in run.loops
-    ]
-    parts = [interval_chart("accuracy, with 95 % interval", known)] if known else []
-    parts += [c for c in way if c]
-    why = reasons(summary)
-    if not parts and why is None:
-        return Missing("nothing was measured on held-out problems")
-    sampled = [number(summary.get(f"accuracy_{when}_sampled")) for when in ("before", "after")]
-    note = None
-    if None not in sampled:
-        note = (
-            f"Sampled at temperature 1: {percent(sampled[0])} before, {percent(sampled[1])} after."
-        )
-    return joined(
-        tag("div", parts, class_="charts"),
-        tag("p", note, class_="quiet") if note else None,
-        why,
-    )
-
-
-def reasons(summary: Row) -> Html | None:
-    """How many completions had which reason, before and after."""
-    before, after = (mapping(summary.get(f"reasons_{when}")) for when in ("before", "after"))
-    counts = {k: (number(before.get(k)) or 0, number(after.get(k)) or 0) for k in before | after}
-    if not counts:
-        return None
-    ordered = sorted(counts.items(), key=lambda item: -sum(item[1]))
-    rows = [[name, number_cell(b), number_cell(a)] for name, (b, a) in ordered]
-    return table(["reason", "before", "after"], rows, "Why completions earned what they earned")
-
-
-def number_cell(value: float) -> Html:
-    return tag("td", shown(value), class_="n")
 
 
 def training(run: Folder) -> Html | Missing:
