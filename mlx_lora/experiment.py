@@ -80,6 +80,7 @@ def run_in(
         clock.save()
         if state == "interrupted":
             console.print(f"[yellow]Stopped[/], {detail}: {escape(str(log.folder))}")
+            console.print(f"What it came to: mlx-lora report {escape(str(log.folder))}")
         raise
     return closed(summary, log, clock)
 

@@ -177,6 +177,13 @@ def test_an_adapter_is_measured_where_it_has_no_spectrum(tmp_path):
     assert "base is not known" in found.missing["Against the base"]
 
 
+def test_an_adapter_that_wastes_rank_is_told_how_to_shrink(tmp_path):
+    """Width 8 holds 8 directions, whatever rank was paid for."""
+    for rank, told in ((64, True), (8, False)):
+        found = page.of(adapter(tmp_path / str(rank), rank=rank, width=8))
+        assert ("mlx-lora shrink" in found.parts["ranks"][1]) == told
+
+
 def test_a_check_alone_is_a_page(run, tmp_path):
     shutil.copy(run / "check.json", tmp_path)
     found = page.of(tmp_path)

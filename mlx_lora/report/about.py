@@ -95,7 +95,9 @@ def time(run: Folder) -> Html | Missing:
         for row in rows
     ]
     resumed = f", in {parts:.0f} parts" if parts > 1 else ""
-    return table(["", "", "time", "share", "when"], said, f"{in_words(total)} in all{resumed}")
+    return table(
+        ["work", "size", "time", "share", "when"], said, f"{in_words(total)} in all{resumed}"
+    )
 
 
 def clean(row: Row) -> Row:

@@ -93,6 +93,10 @@ def ranks(report: LoRAReport | None, why: str) -> Html | Missing:
     if report is None or not report.adapters:
         return Missing(why)
     sentences = [line for line in summary(report) if not line.startswith("! ")]
+    if report.suggested_rank and report.suggested_rank < max(
+        m.nominal_rank for m in report.adapters.values()
+    ):
+        sentences.append("To cut it to what it uses: mlx-lora shrink ADAPTER --out SMALL")
     return joined(
         [tag("p", line) for line in sentences],
         tag("h3", "Effective rank"),
