@@ -1,6 +1,6 @@
-"""The commands that explain: report, and spectra side by side."""
+"""The commands that explain an adapter and act on it: spectrum, shrink, report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,82 @@ Others = Annotated[
     list[Path] | None, typer.Option("--compare", help="Another adapter or run; repeatable.")
 ]
 More = Annotated[list[Path] | None, typer.Argument(help="More adapters to compare with.")]
+Options = Annotated[
+    list[str] | None, typer.Option("-o", "--option", help="An option as key=value; repeatable.")
+]
 States = Annotated[bool, typer.Option("--states", help="Compare what the run kept on its way.")]
+
+
+@app.command()
+def spectrum(
+    adapter: Annotated[Path, typer.Argument(help="Adapter or run folder.")],
+    model: Annotated[str | None, typer.Option(help="Its base, for dominance.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write JSON and pictures.")] = None,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw pictures.")] = True,
+    deep: Annotated[bool, typer.Option("--deep", help="Intruders, dominance on text.")] = False,
+    sarif: Annotated[Path | None, typer.Option(help="Write the alerts as SARIF.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the alerts as JUnit XML.")] = None,
+    option: Options = None,
+    compare: Others = None,
+    more: More = None,
+    states: States = False,
+    as_json: AsJson = False,
+) -> None:
+    """What the adapter is: effective rank, conditioning, dominance over the base, alerts.
+
+    -o sets thresholds of alerts: -o dominance_warning.threshold=0.2.
+    """
+    alone = {"--deep": deep, "-o": option, "--sarif": sarif, "--junit": junit}
+    if several := others(adapter, compare, more, states, alone):
+        return side_by_side(several, model, out, plots=plots, as_json=as_json)
+    from mlx_lora.cli import print_json
+    from mlx_lora.spectral import ci_files
+    from mlx_lora.spectral.report import to_json, write
+    from mlx_lora.spectral.request import analyze_named
+
+    ci_files.refuse(sarif, junit)
+    report = analyze_named(adapter, model, deep=deep, option=option or [])
+    if out:
+        write(report, out, pictures=plots)
+    ci_files.write_alerts(report, adapter, sarif, junit)
+    if as_json:
+        print_json(to_json(report))
+    else:
+        from rich.console import Console
+
+        from mlx_lora.spectral.show import table
+
+        Console().print(table(report))
+
+
+@app.command()
+def shrink(
+    adapter: Annotated[Path, typer.Argument(help="Adapter or run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to make, of the smaller adapter.")],
+    model: Annotated[str | None, typer.Option(help="Its base, if its config names none.")] = None,
+    by: Annotated[str, typer.Option(help="What decides the ranks, see `ls rules`.")] = "kl",
+    weigh: Annotated[bool, typer.Option("--weigh/--plain", help="By effect on text.")] = True,
+    option: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """The same adapter at the rank it uses, judged by the check. Exit code 1 when that fails.
+
+    -o gives options of the rule: --by kl -o budget=0.01, --by energy -o share=0.9.
+    """
+    from mlx_lora.check.run import parse_options
+    from mlx_lora.cli import print_json
+    from mlx_lora.progress import console
+    from mlx_lora.ship.shrink import shrink as run
+    from mlx_lora.show import print_shrunk
+
+    said = console(quiet=as_json)
+    options = parse_options(option or [])
+    found = run(adapter, out, model=model, by=by, options=options, weigh=weigh, tell=said.print)
+    if as_json:
+        print_json(found)
+    else:
+        print_shrunk(found)
+    raise typer.Exit(0 if found["out"] else 1)
 
 
 @app.command()
@@ -46,9 +121,7 @@ def others(
     compare: Sequence[Path] | None,
     more: Sequence[Path] | None,
     states: bool,
-    *,
-    deep: bool,
-    option: Sequence[str] | None,
+    alone: Mapping[str, object],
 ) -> list[Path]:
     """All adapters of a comparison; none where one adapter is asked about."""
     from mlx_lora.errors import ConfigError
@@ -56,8 +129,8 @@ def others(
     found = [*(compare or ()), *(more or ())]
     if not found and not states:
         return []
-    if deep or option:
-        raise ConfigError("--deep and -o are of one adapter, and --compare is of several")
+    if wrong := [name for name, value in alone.items() if value]:
+        raise ConfigError(f"{', '.join(wrong)}: of one adapter, and --compare is of several")
     if states:
         from mlx_lora.report.compare import states as kept
 
