@@ -10,6 +10,7 @@ from mlx_lora.config import check_names
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "es.md").read_text(encoding="utf-8")
+CONCISE = json.loads((ROOT / "figures" / "es_conciseness.json").read_text(encoding="utf-8"))
 RUNS = json.loads((ROOT / "figures" / "es_vs_grpo.json").read_text(encoding="utf-8"))
 
 
@@ -41,3 +42,17 @@ def test_accuracies_on_the_page_are_those_that_were_measured():
         assert [float(x) for x in re.findall(r"[0-9]+\.[0-9]", rows[label])] == [
             round(x, 1) for x in after
         ]
+
+
+def test_rewards_on_the_page_are_those_that_were_measured():
+    rows = re.findall(r"(?m)^\| (\d) \| (-[\d.]+) \| (-[\d.]+) \| ([\d.]+) \| (\d) of 8 \|", PAGE)
+    assert [tuple(map(float, row)) for row in rows] == [
+        (
+            r["seed"],
+            r["reward_mean_before"],
+            r["reward_mean_after"],
+            round(r["kl_to_base_after"], 1),
+            8 * r["accuracy_after"],
+        )
+        for r in CONCISE["runs"]
+    ]
