@@ -167,7 +167,9 @@ def onward(split: Split, live: Live, ids_B: mx.array, make_room: bool, sit: Sit)
     rows, layers = live.rows, live.layers
     if len(stay) < len(rows) and (make_room or leave(len(stay), len(rows))):
         index = mx.array(stay)
-        layers, ids_B = picked(layers, index, len(rows)), ids_B[index]
+        for place, layer in enumerate(layers):  # in place: the old cache goes as the new one comes
+            (layers[place],) = picked([layer], index, len(rows))
+        ids_B = ids_B[index]
         rows = [rows[place] for place in stay]
         sit([row.prompt for row in rows])
     return Live(rows, split.body(ids_B[:, None], cache=layers)[:, -1, :], layers)
