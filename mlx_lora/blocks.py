@@ -77,7 +77,8 @@ class LoraParameters(Block):
     keys: Texts | None = None
     """Layers to adapt, `self_attn.q_proj` or short `q_proj`. null: every linear layer."""
     rank_pattern: dict[str, Count] | None = None
-    """Another rank for some keys: {q_proj: 4}."""
+    """Another rank for some layers, by the end of their names or a regular expression for it, as
+    in PEFT: {q_proj: 4, layers.0.mlp.*: 16}. `mlx-lora advise` writes one."""
     type: Literal["lora", "spline"] = "lora"
     """`spline` bends the update through a learned curve; mlx-lm cannot load it."""
     lora_plus_ratio: Positive = 1.0

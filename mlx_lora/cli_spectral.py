@@ -1,4 +1,4 @@
-"""The commands that explain an adapter and act on it: spectrum, shrink, report."""
+"""The commands that explain an adapter and act on it: spectrum, shrink, advise, report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,6 +90,36 @@ def shrink(
     else:
         print_shrunk(found)
     raise typer.Exit(0 if found["out"] else 1)
+
+
+@app.command()
+def advise(
+    given: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="YAML experiment; adapter or run folder.")
+    ],
+    by: Annotated[str, typer.Option(help="Ranks by kind, layer or module.")] = "kind",
+    batches: Annotated[int, typer.Option(min=2, help="Of 8 texts, for the gradient.")] = 16,
+    directions: Annotated[int, typer.Option(min=2, help="To judge, in each module.")] = 16,
+    rule: Annotated[str, typer.Option(help="Of a trained one: `ls rules`.")] = "knee",
+    out: Annotated[Path | None, typer.Option(help="Where to write JSON, YAML, picture.")] = None,
+    option: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which ranks to train at, as YAML to paste: from the gradient, or from what was trained."""
+    from mlx_lora import advise as advising
+    from mlx_lora.cli import print_json
+
+    found = advising.advise(
+        given, by=by, batches=batches, directions=directions, rule=rule, option=option or []
+    )
+    if out:
+        advising.write(found, out, by)
+    if as_json:
+        print_json(found)
+    else:
+        from mlx_lora.spectral.advice_show import print_advice
+
+        print_advice(found, by)
 
 
 @app.command()

@@ -32,6 +32,12 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     lora, method = blocks["lora_parameters"], top.get("method", "sft")
     if lora.get("rslora") is True and "alpha" not in lora:
         yield ("lora_parameters", "rslora"), "divides alpha, not scale, by sqrt(rank): give alpha"
+    if "alpha" in lora and lora.get("rank_pattern"):
+        yield (
+            ("lora_parameters", "alpha"),
+            "does not go with rank_pattern: alpha / rank is another scale for each rank, "
+            "and an adapter has one. Give scale",
+        )
     if method in RL:
         yield from rl_conflicts(method, top, blocks)
     if "rejection_sampling" in top:

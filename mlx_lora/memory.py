@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_lora import cpu
-from mlx_lora.adapter.attach import blocks, expand_keys, to_lora_layers
+from mlx_lora.adapter.attach import blocks, expand_keys, to_layers_of_ranks
 from mlx_lora.blocks import Quantize
 from mlx_lora.caches import GROWTH
 from mlx_lora.cpu_attention import PROJECTIONS
@@ -236,7 +236,8 @@ def adapted(model: nn.Module, e: Stage) -> None:
         "keys": expand_keys(model, asked.keys),
     }
     count = e.num_layers if 0 < e.num_layers <= depth else depth
-    to_lora_layers(model, count, parameters, dora=e.fine_tune_type == "dora")
+    pattern, dora = asked.rank_pattern, e.fine_tune_type == "dora"
+    to_layers_of_ranks(model, count, parameters, pattern, dora=dora)
 
 
 def cache_of(model: nn.Module) -> Cache:

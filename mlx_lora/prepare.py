@@ -160,6 +160,7 @@ def attach(
         seed=e.seed,
         dora=e.fine_tune_type == "dora",
         rows=attaching.calibration_rows(e),
+        rank_pattern=lora.rank_pattern,
     )
     loaded.model.eval()  # new layers drop inputs until they are told not to
     if e.method == "es":

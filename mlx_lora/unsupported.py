@@ -10,7 +10,7 @@ from mlx_lora.errors import ConfigError
 from mlx_lora.schema import Experiment, Stage
 
 METHODS = ("sft", "grpo", "es")
-EVERYWHERE = ("lora_parameters.type", "lora_parameters.rank_pattern")
+EVERYWHERE = ("lora_parameters.type",)
 UNUSED = {  # keys that a method does not act on
     "grpo": (*EVERYWHERE, "train", "test", "epochs"),
     "es": (

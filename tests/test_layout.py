@@ -70,6 +70,8 @@ LAYERS = [  # each may import from its own row and from those above it
         "listing",
         "plan",
         "show",
+        "advise",
+        "advise_trained",
         "cli",
         "cli_ship",
         "cli_spectral",

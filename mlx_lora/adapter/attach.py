@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lora import cpu, models
 from mlx_lora.adapter.dora import to_dora
 from mlx_lora.adapter.inits import inits, is_harmless
+from mlx_lora.adapter.patterns import narrow, ranks_of
 from mlx_lora.adapter.scene import Scene, numbered_rows, task_rows
 from mlx_lora.adapter.tensors import CONFIG, read
 from mlx_lora.data import Row
@@ -49,6 +50,7 @@ def attach(
     seed: int = 0,
     dora: bool = False,
     rows: Sequence[Row] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Give the model LoRA layers and return the adapter's config (mlx-lm's adapter_config.json).
 
@@ -56,8 +58,9 @@ def attach(
     block, full (`self_attn.q_proj`) or short (`q_proj`); None means every linear layer of every
     block. `num_layers` counts blocks from the end, <= 0 or more than there are means all. `dora`
     learns magnitudes too. `rows` are calibration data for inits that look at some; those need what
-    models.load() returned, not its bare model. Raises AdapterError for keys that match nothing, a
-    rank above a layer's size, and a model that has an adapter already.
+    models.load() returned, not its bare model. `rank_pattern` has other ranks for some modules, see
+    `patterns.ranks_of`. Raises AdapterError for keys and patterns that match nothing, a rank above
+    a layer's size, and a model that has an adapter already.
     """
     loaded = model if isinstance(model, Loaded) else None
     model = model.model if isinstance(model, Loaded) else model
@@ -74,10 +77,11 @@ def attach(
     num_layers = depth if not 0 < num_layers <= depth else num_layers
     parameters = {"rank": rank, "scale": scale, "dropout": dropout, "keys": found}
     model.freeze()
-    to_lora_layers(model, num_layers, parameters, dora=dora)
+    ranks = to_layers_of_ranks(model, num_layers, parameters, rank_pattern, dora=dora)
     layers = lora_layers(model)
-    sites = [site_of(n, m, rank) for n, m in layers.items() if isinstance(m, PLACED)]
-    refuse_rank(rank, sites, named=keys is not None)
+    sites = [site_of(n, m, ranks[n]) for n, m in layers.items() if isinstance(m, PLACED)]
+    refuse_ranks(ranks, sites, {n for n in ranks if keys is not None or ranks[n] != rank})
+    parameters["rank"] = max(ranks.values())
     for layer in layers.values():
         layer.lora_b = mx.zeros_like(layer.lora_b)  # whatever mlx-lm does by default
     cpu.follow(model)
@@ -140,17 +144,39 @@ def to_lora_layers(
         to_dora(model)
 
 
-def refuse_rank(rank: int, sites: Sequence[Site], *, named: bool) -> None:
-    """AdapterError where the rank exceeds a layer's size; a router nobody named may be narrow."""
-    narrow = [
-        f"  {s.name} is {s.out_dims} × {s.in_dims}"
-        for s in sites
-        if min(s.in_dims, s.out_dims) < rank and (named or min(s.in_dims, s.out_dims) >= ROUTER)
-    ]
-    if narrow:
-        shown = "\n".join([*narrow[:5], *(["  ..."] if len(narrow) > 5 else [])])
+def to_layers_of_ranks(
+    model: nn.Module,
+    num_layers: int,
+    parameters: Mapping[str, Any],
+    pattern: Mapping[str, int] | None,
+    *,
+    dora: bool = False,
+) -> dict[str, int]:
+    """LoRA layers at the ranks of a rank_pattern, and the rank of each by name."""
+    widest = max([parameters["rank"], *(pattern or {}).values()])
+    to_lora_layers(model, num_layers, {**parameters, "rank": widest}, dora=dora)
+    layers = lora_layers(model)
+    ranks = ranks_of(pattern, list(layers), parameters["rank"])
+    for name, layer in layers.items():
+        narrow(layer, ranks[name])
+    return ranks
+
+
+def refuse_ranks(ranks: Mapping[str, int], sites: Sequence[Site], named: Container[str]) -> None:
+    """AdapterError where a rank exceeds a layer's size; a router nobody named may be narrow."""
+    above: dict[int, list[str]] = {}
+    for s in sites:
+        most = min(s.in_dims, s.out_dims)
+        if most < ranks[s.name] and (s.name in named or most >= ROUTER):
+            above.setdefault(ranks[s.name], []).append(f"  {s.name} is {s.out_dims} × {s.in_dims}")
+    if above:
+        lines = [
+            f"rank {rank} is above the size of {len(some)} layers\n"
+            + "\n".join([*some[:5], *(["  ..."] if len(some) > 5 else [])])
+            for rank, some in above.items()
+        ]
         raise AdapterError(
-            f"rank {rank} is above the size of {len(narrow)} layers\n{shown}",
+            "\n".join(lines),
             "A layer's update has at most the rank of its smaller side. Lower the rank.",
         )
 

@@ -90,7 +90,7 @@ def put(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, mx.ar
     layers = lora_layers(model)
     for name, value in unpadded(config, tensors).items():
         module, _, factor = name.rpartition(".")
-        layers[module][factor] = value
+        layers[module][factor] = mx.contiguous(value)  # one layout, or sums take another order
 
 
 def mismatches(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -115,12 +115,13 @@ def padded(
     found, pattern = dict(tensors), {}
     for name, a in tensors.items():
         module, _, factor = name.rpartition(".")
-        if factor != "lora_a" or a.ndim != 2 or a.shape[1] == rank:
+        if factor != "lora_a" or a.shape[1] == rank:
             continue
-        b, more = tensors[f"{module}.lora_b"], rank - a.shape[1]
+        b, more = tensors[f"{module}.lora_b"], (0, rank - a.shape[1])
         pattern[module] = a.shape[1]
-        found[name] = mx.pad(a, [(0, 0), (0, more)])
-        found[f"{module}.lora_b"] = mx.pad(b, [(0, more), (0, 0)])
+        experts = a.ndim == 3  # [E, R, I] and [E, O, R]
+        found[name] = mx.pad(a, [(0, 0), more, *([(0, 0)] if experts else [])])
+        found[f"{module}.lora_b"] = mx.pad(b, [(0, 0), (0, 0), more] if experts else [more, (0, 0)])
     return found, pattern
 
 
@@ -130,5 +131,6 @@ def unpadded(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str,
     for module, rank in (config.get("rank_pattern") or {}).items():
         a, b = (found.get(f"{module}.{f}") for f in ("lora_a", "lora_b"))
         if a is not None and b is not None:
-            found[f"{module}.lora_a"], found[f"{module}.lora_b"] = a[:, :rank], b[:rank]
+            found[f"{module}.lora_a"] = a[:, :rank]
+            found[f"{module}.lora_b"] = b[..., :rank] if b.ndim == 3 else b[:rank]
     return found

@@ -118,6 +118,7 @@ def of_experiment(name: str, given: Request) -> Request:
             "scale": asked.effective_scale,
             "keys": asked.keys,
             "num_layers": e.num_layers,
+            "rank_pattern": asked.rank_pattern,
         },
     )
 
