@@ -26,7 +26,7 @@ from mlx_lora.cpu_math import (
 )
 from mlx_lora.cpu_threads import slices, spread
 
-LEAST = 256  # tokens of a part that is worth a thread
+LEAST = 800  # tokens of a part that is worth a thread: with fewer, threads wait for the interpreter
 MANY = 512  # tokens for which adapters are merged: it costs less than the branch beside
 Grads = dict[int, list[np.ndarray]]  # of an adapter's a and b, by its place
 

@@ -47,6 +47,7 @@ def deltas(model) -> dict[str, np.ndarray]:
         ({}, lambda name, r: 8 / r),
         ({"use_rslora": True}, lambda name, r: 8 / r**0.5),
         ({"alpha_pattern": {"up_proj": 2}}, lambda name, r: (2 if "up_proj" in name else 8) / r),
+        ({"alpha_pattern": {"up_proj": 2, ".*_proj": 4}}, lambda n, r: (2 if "up" in n else 4) / r),
         ({"ranks": {"mlp.up_proj": 2}}, lambda name, r: 8 / r),
         ({"ranks": {"mlp.up_proj": 2}, "use_rslora": True}, lambda name, r: 8 / r**0.5),
     ],

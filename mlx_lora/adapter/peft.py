@@ -123,9 +123,8 @@ def split(name: str) -> tuple[str, str]:
 
 
 def scale_of(about: Mapping[str, Any], module: str, rank: int) -> float:
-    """What multiplies this module's update."""
-    alpha = about.get("lora_alpha", rank)
-    for pattern, value in (about.get("alpha_pattern") or {}).items():
-        if re.search(rf"(^|.*\.){pattern}$", module):
-            alpha = value
+    """What multiplies this module's update. Of several patterns the first counts, as in PEFT."""
+    patterns = (about.get("alpha_pattern") or {}).items()
+    fits = (value for pattern, value in patterns if re.search(rf"(^|.*\.){pattern}$", module))
+    alpha = next(fits, about.get("lora_alpha", rank))
     return alpha / (math.sqrt(rank) if about.get("use_rslora") else rank)
