@@ -53,7 +53,7 @@ class Weights:
     outside: float  # of hidden states, outside the blocks
     scoring: float  # of a chunk of logits, beside all that
     again: tuple[float, ...]  # of the one block that grad_checkpoint has at a time
-    kept: float  # of hidden states, of each block, there
+    kept: tuple[float, float]  # of hidden states and of the cache, of each block, there
     scoring_again: float  # of a chunk of logits, there, beside 0.6 of what is kept
     decoding: tuple[float, ...]  # cache, the prompts' own, one layer's, logits, scores of prompts
 
@@ -64,7 +64,7 @@ FITTED = {
         outside=18.4,
         scoring=3.7,
         again=(0, 4.9, 4.8, 0, 19.9),
-        kept=8.6,
+        kept=(8.6, 0),
         scoring_again=2.0,
         decoding=(0.91, 0.09, 1.62, 1.77, 3.09),
     ),
@@ -73,7 +73,7 @@ FITTED = {
         outside=14.7,
         scoring=2.9,
         again=(52.6, 18.6, 20.5, 1.6, 14.0),
-        kept=12.0,
+        kept=(12.0, 0),
         scoring_again=3.0,
         decoding=(0.83, 0.37, 1.41, 3.27, 1.27),
     ),
@@ -352,7 +352,7 @@ def of_learning(
     """Bytes besides the weights in scoring and its gradient, of one micro-batch."""
     if not again:
         return int(layers * weighed(w.held, inside) + w.outside * inside[0] + w.scoring * logits)
-    between = w.kept * layers * inside[0]
+    between = layers * weighed(w.kept, (inside[0], inside[4]))
     return int(max(between + weighed(w.again, inside), 0.6 * between + w.scoring_again * logits))
 
 

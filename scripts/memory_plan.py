@@ -119,7 +119,7 @@ def fit(rows: list[dict[str, Any]]) -> dict[str, Any]:
         a = row["arrays"]
         layers, inside, logits = a["layers"], a["inside"], a["logits"]
         if row["grad_checkpoint"] and logits < SMALL:
-            again.append(([*inside, layers * inside[0]], a["learning"]))
+            again.append(([*inside, layers * inside[0], layers * inside[4]], a["learning"]))
         if not row["grad_checkpoint"]:
             held.append(([*(layers * x for x in inside), inside[0], logits], a["learning"]))
             decoding.append((a["decoding"], a["rollout"]))

@@ -26,7 +26,7 @@ from mlx_lora.spectral.show import table
 from mlx_lora.spectral.spectrum import Pair, measure, pairs
 from mlx_lora.spectral.structure import structure, suggested_rank
 
-TOP_KEYS = {"status", "adapters", "structural", "dynamics", "alerts", "suggested_rank"}
+TOP_KEYS = {"schema", "status", "adapters", "structural", "dynamics", "alerts", "suggested_rank"}
 ADAPTER_KEYS = {
     "nominal_rank", "alpha", "effective_rank_BA", "effective_rank_A", "effective_rank_B",
     "rank_utilization", "kappa_A", "kappa_B", "sigma_max_BA", "frobenius_BA", "effective_lr_scale",

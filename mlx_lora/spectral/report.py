@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mlx_lora.models import Loaded
 
 Tell = Callable[[str, int, int], None]
+SCHEMA = 1  # of to_json
 
 
 class LoRAAnalyzer:
@@ -158,6 +159,7 @@ def attached(adapter: Any) -> bool:
 def to_json(report: LoRAReport) -> dict[str, Any]:
     """The report as plain data: status, adapters, structural, dynamics, alerts, suggested_rank."""
     document = {
+        "schema": SCHEMA,
         "status": report.status,
         "adapters": {name: asdict(m) for name, m in report.adapters.items()},
         "structural": asdict(report.structural),
