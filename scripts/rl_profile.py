@@ -25,6 +25,7 @@ from rl_worker import our_config
 
 from mlx_lora import config, cpu, models
 from mlx_lora.adapter.attach import attach
+from mlx_lora.bases import is_matrix
 from mlx_lora.generate import generate
 from mlx_lora.optimizers import optimizer_of
 from mlx_lora.rl.describe import describe
@@ -124,7 +125,7 @@ def medians(works: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, f
 
 def products(model: Any, count: int) -> Callable[[], None]:
     """The frozen layers' products with `count` inputs, in NumPy: the least a pass can take."""
-    linears = [m for _, m in model.named_modules() if models.is_matrix(m)]
+    linears = [m for _, m in model.named_modules() if is_matrix(m)]
     weights = [np.array(models.dense_weight(m)) for m in (*linears, model.model.embed_tokens)]
     inputs = {w.shape[1]: np.ones((count, w.shape[1]), np.float32) for w in weights}
 
