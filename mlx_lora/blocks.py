@@ -81,6 +81,20 @@ class LoraParameters(Block):
     in PEFT: {q_proj: 4, layers.0.mlp.*: 16}. `mlx-lora advise` writes one."""
     type: Literal["lora", "spline"] = "lora"
     """`spline` bends the update through a learned curve; mlx-lm cannot load it."""
+    num_knots: Several = 5
+    """Spline: knots of the curve."""
+    k_min: float = -3.0
+    """Spline: the first knot, in units of the calibrated range."""
+    k_max: float = 3.0
+    """Spline: the last knot. Above k_min."""
+    interpolation_method: Literal["piecewise", "soft"] = "piecewise"
+    """Spline: straight pieces, or a smooth mean of neighbours, which is slower."""
+    extrapolation: Literal["linear", "clamp"] = "linear"
+    """Spline: beyond the ends the curve goes on straight, or stops, where no gradient flows."""
+    spline_reg_weight: NotNegative = 0.01
+    """Spline: how strongly curves are pulled to the identity."""
+    calibrate: NotNegative = 0.1
+    """Spline: the grid is stretched to hold updates of this share of W x. 0: it is not."""
     lora_plus_ratio: Positive = 1.0
     """Learning rate of lora_b over that of lora_a (LoRA+, arXiv 2402.12354, tries 16)."""
 

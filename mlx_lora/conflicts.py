@@ -3,10 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlx_lora.blocks import INSTEAD, QUANTIZATION, Grpo, RolloutOptions
+from mlx_lora.blocks import INSTEAD, QUANTIZATION, Grpo, LoraParameters, RolloutOptions
 from mlx_lora.schema import RL, Experiment, Stage
 from mlx_lora.yamlfile import KeyPath
 
+SPLINE = (
+    "num_knots", "k_min", "k_max", "interpolation_method", "extrapolation", "spline_reg_weight",
+    "calibrate",
+)  # fmt: skip
 LOUD = 0.3  # es.perturb_scale above which there is a notice
 ABOUT = {
     "alpha": "scale = alpha / rank, or alpha / sqrt(rank) with rslora",
@@ -38,6 +42,7 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
             "does not go with rank_pattern: alpha / rank is another scale for each rank, "
             "and an adapter has one. Give scale",
         )
+    yield from spline_conflicts(lora, top.get("fine_tune_type"))
     if method in RL:
         yield from rl_conflicts(method, top, blocks)
     if "rejection_sampling" in top:
@@ -76,6 +81,20 @@ def data_conflicts(top: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
                 yield ("sft", key), f"{sft[key]} does not go with packing, which mlx-lm has not"
     if top.get("train") is False and top.get("stages"):
         yield ("train",), "does not go with stages"
+
+
+def spline_conflicts(lora: Mapping[str, Any], kind: Any) -> Iterator[tuple[KeyPath, str]]:
+    """Keys of the curve without one, a grid that runs backwards, and a curve in DoRA."""
+    if lora.get("type") != "spline":
+        fields = LoraParameters.model_fields
+        for key in (k for k in SPLINE if k in lora and lora[k] != fields[k].default):
+            yield ("lora_parameters", key), "is of splines only: give type: spline"
+        return
+    if kind == "dora":
+        yield ("fine_tune_type",), "dora does not go with lora_parameters.type spline"
+    low, high = (lora.get(k, d) for k, d in (("k_min", -3.0), ("k_max", 3.0)))
+    if isinstance(low, int | float) and isinstance(high, int | float) and low >= high:
+        yield ("lora_parameters", "k_min"), f"{low:g} is not below k_max {high:g}"
 
 
 def changed(top: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
@@ -156,6 +175,10 @@ def notices(experiment: Experiment) -> list[str]:
         if loop.scale_schedule and loop.scale_schedule.options.get("start") == 0:
             found.append(
                 "scale_schedule starts at 0: no gradient reaches the adapter until the scale rises"
+            )
+        if loop.method == "es" and loop.lora_parameters.type == "spline":
+            found.append(
+                "method es perturbs A or B: curves stay what they were, straight in a fresh adapter"
             )
         if loop.is_rl and loop.init.name == "pissa":
             found.append(

@@ -151,8 +151,9 @@ def decoding(model: Any) -> Iterator[None]:
         return
     from mlx_lora.cpu_block import stacked
     from mlx_lora.cpu_layers import across, merged
+    from mlx_lora.cpu_spline import standing_beside
 
-    with across(model), merged(model), stacked(model):
+    with across(model), merged(model), standing_beside(model), stacked(model):
         yield
 
 

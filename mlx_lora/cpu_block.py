@@ -7,7 +7,7 @@ or in what it is called with, goes the way of its own class.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -17,8 +17,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
+from mlx_lora.adapter.spline import SplineLoRALinear
 from mlx_lora.cpu_attention import PROJECTIONS, inverse_frequencies
 from mlx_lora.cpu_layers import TWINS, NumpyRMSNorm, dense, drops, frozen, view
+from mlx_lora.cpu_spline import Bends, bends_of
+from mlx_lora.cpu_spline import suits as suits_curve
 
 STACKED_BYTES = 1 << 28  # of all stacked matrices together
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -26,9 +29,6 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD_NORMS = ("q_norm", "k_norm")
 SIZES = ("n_heads", "n_kv_heads", "scale")
 CACHES = (KVCache, BatchKVCache)
-
-
-Beside = Callable[[np.ndarray, slice], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,13 @@ class Product:
     b_RO: mx.array | None = None
     scale: float = 0.0
     more: Any = None
+    bends: Bends | None = None  # of a spline: what is added is scale · φ((x a) b)
+
+    @property
+    def learned(self) -> list[mx.array]:
+        """What of it gets a gradient."""
+        pair = [x for x in (self.a_IR, self.b_RO) if x is not None]
+        return [*pair, self.bends.weights_P] if self.bends else pair
 
 
 class Norm(NamedTuple):
@@ -122,13 +129,18 @@ def product_of(layer: Any) -> Product | None:
     a_IR, b_RO, scale = layer.lora_a, layer.lora_b, float(np.array(layer.scale))
     if not a_IR.dtype == b_RO.dtype == mx.float32:
         return None
-    return Product(view(weight_OI), bias_O, a_IR, b_RO, scale)
+    curved = kind is SplineLoRALinear
+    if curved and not suits_curve(layer):
+        return None
+    return Product(
+        view(weight_OI), bias_O, a_IR, b_RO, scale, bends=bends_of(layer) if curved else None
+    )
 
 
 @cache
 def fast_kinds() -> frozenset[type]:
     """The very classes whose products are known: what is derived from them may do more."""
-    return frozenset(TWINS.values())
+    return frozenset((*TWINS.values(), SplineLoRALinear))
 
 
 def drops_some(layer: Any) -> bool:

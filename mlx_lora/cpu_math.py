@@ -4,9 +4,15 @@ Each has its gradient beside it. Temporaries are few and written in place: on a 
 as much time on them as on its products.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+
+Beside = Callable[[np.ndarray, slice], np.ndarray]  # of what goes in and which rows it is of
+
+CACHED = 1 << 15  # numbers of several arrays that a core's cache holds at once
 
 
 @dataclass(frozen=True)
@@ -126,3 +132,64 @@ def lora_back(
     b_bar = z_NR.T @ g_NO
     b_bar *= np.float32(scale)
     return g_NR, x_NI.T @ g_NR, b_bar
+
+
+@dataclass(frozen=True)
+class Hinges:
+    """A spline's curve as `spline_math.hinges` says it, or one for each of O columns."""
+
+    weights: np.ndarray  # [P] or [P, O]
+    edges: np.ndarray  # [P-1] or [P-1, O]
+    middle: int  # so many hinges open to the left, the others to the right
+
+    def summed(self, z: np.ndarray) -> np.ndarray:
+        """φ(z), and a constant."""
+        y, part = z * (1 + self.weights[0]), np.empty_like(z)
+        for i, weight in enumerate(self.weights[1:]):
+            (np.minimum if i < self.middle else np.maximum)(z, self.edges[i], out=part)
+            part *= weight
+            y += part
+        return y
+
+    @cached_property
+    def at_zero(self) -> np.ndarray:
+        """That constant, to the bit: every number comes here by the same operations."""
+        return self.summed(np.zeros((1, *self.weights.shape[1:]), np.float32))
+
+
+def curved(z_NO: np.ndarray, hinges: Hinges) -> np.ndarray:
+    """A spline's φ(z), in place."""
+    if not hinges.weights.any():
+        return z_NO
+    for some in cut(z_NO):
+        np.subtract(hinges.summed(some), hinges.at_zero, out=some)
+    return z_NO
+
+
+def curved_back(
+    g_NO: np.ndarray, z_NO: np.ndarray, hinges: Hinges
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of z and of the weights [P]."""
+    weights_P = hinges.weights
+    z_bar, weights_bar = np.empty_like(g_NO), np.zeros_like(weights_P)
+    for out, g, z in zip(cut(z_bar), cut(g_NO), cut(z_NO), strict=True):
+        slope = np.full_like(g, 1 + weights_P[0])
+        weights_bar[0] += np.vdot(g, z)
+        for i, weight in enumerate(weights_P[1:]):
+            bend = hinge(z, hinges.edges[i], i < hinges.middle)
+            weights_bar[i + 1] += np.vdot(g, bend)
+            slope += weight * (bend != 0)
+        np.multiply(g, slope, out=out)
+    return z_bar, weights_bar
+
+
+def hinge(z: np.ndarray, edge: np.float32, left: bool) -> np.ndarray:
+    """How far z is beyond the edge, 0 on this side of it."""
+    y = z - edge
+    return np.minimum(y, 0, out=y) if left else np.maximum(y, 0, out=y)
+
+
+def cut(x_NO: np.ndarray) -> list[np.ndarray]:
+    """The array in parts that stay in the cache while several functions pass over them."""
+    parts = min(len(x_NO), x_NO.size // CACHED)
+    return np.array_split(x_NO, parts) if parts > 1 else [x_NO]

@@ -17,6 +17,8 @@ from mlx_lora.cpu_math import (
     Angles,
     angles_of,
     attention_back,
+    curved,
+    curved_back,
     lora_back,
     normed,
     normed_back,
@@ -41,7 +43,7 @@ def block(
     offset = 0 if layer_cache is None else layer_cache.offset
     starts_B = np.reshape(np.array(offset, np.int32), -1)
     past = layer_cache.keys_and_values() if layer_cache is not None and layer_cache.size() else []
-    adapters = [x for p in parts.adapted for x in (p.a_IR, p.b_RO)]
+    adapters = [x for p in parts.adapted for x in p.learned]
     piece = one_piece(parts, mask, starts_B, gradient=gradient)
     y_BTD, keys, values = piece(x_BTD, *past, *adapters)
     if layer_cache is not None:
@@ -52,16 +54,17 @@ def block(
 def one_piece(parts: Parts, mask: Any, starts_B: np.ndarray, *, gradient: bool) -> Any:
     """(x, [past keys and values,] *adapters) -> output, keys and values [B, G, T, C] of x."""
     held: list[Held] = []
-    count = 2 * len(parts.adapted)
+    count = sum(len(p.learned) for p in parts.adapted)
 
     def piece(x, *others):
         x_BTD, *past = map(view, (x, *others[: len(others) - count]))
         factors = iter(map(view, others[len(others) - count :]))
-        pairs = {id(p): (next(factors), next(factors)) for p in parts.adapted}
+        learned = {id(p): tuple(next(factors) for _ in p.learned) for p in parts.adapted}
         places_BT1 = starts_B[:, None, None] + np.arange(x.shape[1])[:, None]
-        whole = Held(parts, x.shape, pairs, angles_of(places_BT1, parts.speeds_U, parts.units))
+        whole = Held(parts, x.shape, learned, angles_of(places_BT1, parts.speeds_U, parts.units))
         if x.shape[0] * x.shape[1] >= MANY:
-            whole.merged = {id(p): merged(p, *pairs[id(p)]) for p in parts.adapted if p.scale}
+            straight = [p for p in parts.adapted if p.scale and p.bends is None]
+            whole.merged = {id(p): merged(p, *learned[id(p)]) for p in straight}
         whole.mask = view(mask) if isinstance(mask, mx.array) else mask
         held[:] = [part_of(whole, part) for part in slices(len(x), -(-LEAST // x.shape[1]))]
         made = spread(lambda h: forward(h, x_BTD[h.rows], [p[h.rows] for p in past]), held)
@@ -108,7 +111,7 @@ class Held:
 
     parts: Parts
     shape: tuple[int, ...]  # B, T, D
-    factors: Mapping[int, tuple[np.ndarray, np.ndarray]]  # a [I, R] and b [R, O] of each adapter
+    factors: Mapping[int, tuple[np.ndarray, ...]]  # a [I, R], b [R, O] of each adapter, bends [P]
     angles: Angles  # [B or 1, T, 1, C]
     merged: Mapping[int, np.ndarray] = field(default_factory=dict)  # W + scale · (a b)ᵀ [O, I]
     rows: slice = field(default_factory=lambda: slice(None))  # of the call's rows
@@ -205,9 +208,11 @@ def times(h: Held, x_NI: np.ndarray, p: Product) -> np.ndarray:
     if p.bias_O is not None:
         y_NO += p.bias_O
     if p.a_IR is not None and p.scale and id(p) not in h.merged:
-        a_IR, b_RO = h.factors[id(p)]
+        a_IR, b_RO, *bends = h.factors[id(p)]
         z_NR = h.inner[id(p)] = x_NI @ a_IR
         update_NO = z_NR @ b_RO
+        if p.bends:
+            update_NO = curved(update_NO, p.bends.hinges(bends[0]))
         update_NO *= np.float32(p.scale)
         y_NO += update_NO
     if p.more is not None:
@@ -220,12 +225,17 @@ def back(h: Held, grads: Grads, g_NO: np.ndarray, x_NI: np.ndarray, p: Product) 
     x_bar = g_NO @ h.merged.get(id(p), p.weight_OI)
     if p.a_IR is None:
         return x_bar
-    a_IR, b_RO = h.factors[id(p)]
+    a_IR, b_RO, *bends = h.factors[id(p)]
     if not p.scale:
-        grads[id(p)] = [np.zeros_like(x) for x in (a_IR, b_RO)]
+        grads[id(p)] = [np.zeros_like(x) for x in (a_IR, b_RO, *bends)]
         return x_bar
-    z_NR = h.inner[id(p)] if id(p) in h.inner else x_NI @ a_IR
-    g_NR, *grads[id(p)] = lora_back(g_NO, x_NI, z_NR, b_RO, p.scale)
+    z_NR, bends_bar = h.inner[id(p)] if id(p) in h.inner else x_NI @ a_IR, []
+    if p.bends:
+        z_NO = z_NR @ b_RO
+        g_NO, bar = curved_back(g_NO, z_NO, p.bends.hinges(bends[0]))
+        bends_bar = [np.float32(p.scale) * bar]
+    g_NR, *pair_bar = lora_back(g_NO, x_NI, z_NR, b_RO, p.scale)
+    grads[id(p)] = [*pair_bar, *bends_bar]
     if id(p) not in h.merged:
         x_bar += g_NR @ a_IR.T
     return x_bar

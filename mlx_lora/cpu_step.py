@@ -15,9 +15,9 @@ import numpy as np
 from mlx_lm.models.cache import BatchKVCache
 
 from mlx_lora.cpu_attention import as_added
-from mlx_lora.cpu_block import Beside, Norm, Parts, Product
+from mlx_lora.cpu_block import Norm, Parts, Product
 from mlx_lora.cpu_layers import SILENT, rows, view
-from mlx_lora.cpu_math import Angles, angles_of, normed, silu, turned
+from mlx_lora.cpu_math import Angles, Beside, angles_of, normed, silu, turned
 from mlx_lora.cpu_threads import slices, spread
 
 # Rows that are worth a thread: fewer cost more in waiting for the interpreter than they gain, and

@@ -19,6 +19,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_lora import cpu
 from mlx_lora.adapter.attach import blocks, expand_keys, to_layers_of_ranks
+from mlx_lora.adapter.spline_math import curve_parameters
 from mlx_lora.blocks import Quantize
 from mlx_lora.caches import GROWTH
 from mlx_lora.cpu_attention import PROJECTIONS
@@ -47,9 +48,7 @@ NAMES = {  # of sizes in config.json, by architecture
 class Weights:
     """How many arrays of each size are there at once, fitted."""
 
-    held: tuple[
-        float, ...
-    ]  # of a block: hidden, inner, queries with keys and values, scores, cache
+    held: tuple[float, ...]  # of a block: hidden, inner, queries to values, scores, cache
     outside: float  # of hidden states, outside the blocks
     scoring: float  # of a chunk of logits, beside all that
     again: tuple[float, ...]  # of the one block that grad_checkpoint has at a time
@@ -234,6 +233,7 @@ def adapted(model: nn.Module, e: Stage) -> None:
         "scale": asked.effective_scale,
         "dropout": 0.0,
         "keys": expand_keys(model, asked.keys),
+        **curve_parameters(asked.model_dump()),
     }
     count = e.num_layers if 0 < e.num_layers <= depth else depth
     pattern, dora = asked.rank_pattern, e.fine_tune_type == "dora"

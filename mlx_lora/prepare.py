@@ -11,9 +11,10 @@ from rich.markup import escape
 
 from mlx_lora import bases, distributed, models
 from mlx_lora.adapter import attach as attaching
-from mlx_lora.adapter import files, population
+from mlx_lora.adapter import files, population, spline
 from mlx_lora.adapter.inits import REBASING, label
 from mlx_lora.adapter.population import remember_sizes
+from mlx_lora.adapter.spline_math import asked as asked_curve
 from mlx_lora.adapter.weights import analyse
 from mlx_lora.blocks import Check
 from mlx_lora.check import certificate, gate
@@ -72,6 +73,11 @@ def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console)
         prints = fingerprint(loaded, probes)
         with clock.measure("attach"):
             config, expect, about = attach(loaded, experiment)
+            if e.lora_parameters.calibrate and not e.resume_adapter_file:
+                texts = [ids for ids, _ in probes.texts]
+                spline.calibrate(loaded.model, texts, e.lora_parameters.calibrate)
+        if cost := spline.overhead(loaded.model):
+            console.print(f"Splines: {cost}")
         init = label(e.init.name, e.init.options) if expect == "same" else None
         report = gate.judge(
             loaded,
@@ -161,6 +167,7 @@ def attach(
         dora=e.fine_tune_type == "dora",
         rows=attaching.calibration_rows(e),
         rank_pattern=lora.rank_pattern,
+        curve=asked_curve(lora.model_dump()),
     )
     loaded.model.eval()  # new layers drop inputs until they are told not to
     if e.method == "es":

@@ -17,7 +17,7 @@ from mlx_lora.rl import monitor
 from mlx_lora.rl.describe import extremes
 from mlx_lora.runlog import METRICS, Clock, RunLog
 from mlx_lora.schema import Stage
-from mlx_lora.spectral import live
+from mlx_lora.spectral import live, splines
 from mlx_lora.spectral.dynamics import FILE as SPECTRA
 from mlx_lora.spectral.dynamics import Look, looks_in
 from mlx_lora.types import Group
@@ -75,7 +75,9 @@ class Recorder:
             return
         with self.clock.measure("spectra", kind="step"):
             self.looks.append(live.look_at(step, model, optimizer))
-            self.log.append(SPECTRA, asdict(self.looks[-1]))
+            curves = {n: asdict(s) for n, s in splines.of_model(model).items()}
+            more = {"splines": curves} if curves else {}
+            self.log.append(SPECTRA, asdict(self.looks[-1]) | more)
             for finding in live.warnings(self.looks, monitor.alerts):
                 if finding.name not in self.seen:
                     self.alert(step, asdict(finding))

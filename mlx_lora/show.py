@@ -61,6 +61,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         "singular_values.png": "  how many directions it uses",
         "effective_rank.png": "  the rank it uses, by block and layer",
         "dominance.png": "  how loud it is against the base",
+        "splines.png": "  how its curves bend the update",
         "time_breakdown.png": "where the time went",
         "weights.png": "how large the frozen matrices are",
     }
@@ -68,7 +69,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         if (folder / name).exists():
             console.print(f"  {name:22}{text}")
     base = folder / "base"
-    if base.exists():
+    if base.exists() and not (folder / "splines.png").exists():  # of splines only we know
         console.print("Use it with stock mlx-lm:")
         console.print(
             f"  mlx_lm generate --model {base} --adapter-path {folder / 'adapters'} "

@@ -10,15 +10,14 @@ from mlx_lora.errors import ConfigError
 from mlx_lora.schema import Experiment, Stage
 
 METHODS = ("sft", "grpo", "es")
-EVERYWHERE = ("lora_parameters.type",)
 UNUSED = {  # keys that a method does not act on
-    "grpo": (*EVERYWHERE, "train", "test", "epochs"),
+    "grpo": ("train", "test", "epochs"),
     "es": (
-        *EVERYWHERE, "train", "test", "epochs", "batch_size", "learning_rate", "lr_schedule",
+        "train", "test", "epochs", "batch_size", "learning_rate", "lr_schedule",
         "scale_schedule", "grad_accumulation_steps", "grad_checkpoint",
         "lora_parameters.lora_plus_ratio",
     ),
-    "sft": EVERYWHERE,
+    "sft": (),
 }  # fmt: skip
 SHARED = (  # what stages have in common, because the model and its adapter are one
     "model", "quantize", "fine_tune_type", "num_layers", "lora_parameters", "init",

@@ -11,6 +11,7 @@ from mlx_lora.spectral.alerts import alerts, find
 from mlx_lora.spectral.dynamics import Look
 from mlx_lora.spectral.metrics import LoRAAdapterMetrics, LoRAReport
 from mlx_lora.spectral.spectrum import Pair, measure
+from mlx_lora.spectral.splines import SplineMetrics
 from mlx_lora.spectral.structure import structure
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -61,6 +62,12 @@ def down(x: float) -> float:
 SOUND = adapter()
 BROKEN = adapter((1.0, math.nan, 1.0, 1.0))
 UNTRAINED = adapter((0.0, 0.0, 0.0, 0.0))
+
+
+def curve(deviation, *, slope_variance=0.01, least_slope=0.9):
+    return SplineMetrics(deviation, slope_variance, least_slope, 1.0, 1.0, (-3.0, 3.0), (-3.0, 3.0))
+
+
 CASES = {  # alert -> (reports on which it fires, reports on which it is quiet)
     "non_finite": (
         [report(BROKEN), report(adapter((1.0, math.inf)))],
@@ -93,6 +100,23 @@ CASES = {  # alert -> (reports on which it fires, reports on which it is quiet)
     "dominance_critical": (
         [report(SOUND, up(0.50))],
         [report(SOUND, 0.50), report(SOUND)],
+    ),
+    "spline_deviation": (
+        [replace(report(SOUND), splines={NAME: curve(up(1.0))})],
+        [replace(report(SOUND), splines={NAME: curve(1.0)}), report(SOUND)],
+    ),
+    "spline_folded": (
+        [replace(report(SOUND), splines={NAME: curve(0.5, least_slope=0.0)})],
+        [replace(report(SOUND), splines={NAME: curve(0.5, least_slope=up(0.0))})],
+    ),
+    "spline_unused": (
+        [replace(report(SOUND), splines={NAME: curve(down(0.01), slope_variance=down(0.05))})],
+        [
+            replace(report(SOUND), splines={NAME: curve(0.01), OTHER: curve(0.0)}),
+            replace(report(SOUND), splines={NAME: curve(0.0, slope_variance=0.05)}),
+            replace(report(UNTRAINED), splines={NAME: curve(0.0)}),
+            report(SOUND),
+        ],
     ),
     "collapsed_early": (
         [

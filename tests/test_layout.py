@@ -27,6 +27,7 @@ LAYERS = [  # each may import from its own row and from those above it
         "cpu_step",
         "cpu_pass",
         "cpu_head",
+        "cpu_spline",
         "footprint",
         "models",
         "bases",

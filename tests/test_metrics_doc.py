@@ -24,6 +24,7 @@ from mlx_lora.spectral import metrics as spectral
 from mlx_lora.spectral.alerts import alerts
 from mlx_lora.spectral.dynamics import BY_MODULE
 from mlx_lora.spectral.report import to_json
+from mlx_lora.spectral.splines import SplineMetrics
 from mlx_lora.spectral.weight_map import to_json as to_json_of_weights
 from mlx_lora.types import Finding, Reward
 
@@ -34,6 +35,7 @@ method: grpo
 task: countdown
 iters: 2
 batch_size: 2
+lora_parameters: {type: spline}
 grpo: {group_size: 2}
 rollout: {max_tokens: 8}
 eval: {n: 8, every: 1}
@@ -41,7 +43,7 @@ monitor: {every: 1, spectrum_every: 1}
 """
 WHOLE = {"reasons", "reasons_before", "reasons_after"}  # what is below them has no row
 WHOLE |= {"check", "environment", "init_measured", "rejection_sampling"}
-WHOLE |= {"parts", "pass_at", "rule"}
+WHOLE |= {"parts", "pass_at", "rule", "adapter_alerts"}
 KINDS_OF_DOMINANCE = ("", "scaled_", "directional_", "activation_")
 WHOLE |= {f"structural.{kind}per_layer_dominance" for kind in KINDS_OF_DOMINANCE}
 WHOLE |= {"structural.per_layer_intruders"}
@@ -50,7 +52,7 @@ FAMILIES = {"reason": "CODE", "reward": "PART"}  # reason/correct is in the row 
 NAMED = {"matrices": "MODULE", "adapters": "MODULE", "norms": "MODULE", "versions": "PACKAGE"}
 NAMED |= {"structural.by_block": "BLOCK", "structural.by_kind": "KIND"}
 NAMED |= dict.fromkeys(BY_MODULE, "MODULE") | {"ranks": "MODULE", "modules": "MODULE"}
-NAMED |= {"answers": "QUESTION"}
+NAMED |= {"answers": "QUESTION", "splines": "MODULE"}
 Rows = dict[str, str]
 
 
@@ -232,6 +234,7 @@ def test_a_spectrum_holds_the_documented_keys(run):
         replace(blank(spectral.LoRAStructuralMetrics), by_block=groups, by_kind=groups),
         blank(spectral.LoRADynamicsMetrics),
         [Finding("name", "q_proj", "message", "action")],
+        splines={"q_proj": replace(blank(SplineMetrics), knots=(1.0,), values=(1.0,))},
     )
     assert emitted(to_json(full)) == documented("spectrum.json")
     (document,) = read(run / "spectrum.json")

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from mlx_lora.adapter.dora import to_dora
 from mlx_lora.adapter.inits import inits, is_harmless
 from mlx_lora.adapter.patterns import narrow, ranks_of
 from mlx_lora.adapter.scene import Scene, numbered_rows, task_rows
+from mlx_lora.adapter.spline import FACTORS as OF_SPLINES
+from mlx_lora.adapter.spline import to_spline
+from mlx_lora.adapter.spline_math import Curve
 from mlx_lora.adapter.tensors import CONFIG, read
 from mlx_lora.data import Row
 from mlx_lora.errors import AdapterError, near
@@ -33,7 +37,7 @@ LORA_LAYERS = (LoRALinear, LoRASwitchLinear, LoRAEmbedding, DoRALinear)
 LINEARS = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 PLACED = (LoRALinear, DoRALinear)  # experts and embeddings keep mlx-lm's own A, and B = 0
-FACTORS = ("lora_a", "lora_b", "m")  # m: the magnitudes of DoRA
+FACTORS = ("lora_a", "lora_b", "m", *OF_SPLINES)  # m: the magnitudes of DoRA
 ROUTER = 32  # layers narrower than this take the rank they can, unless they were named
 
 
@@ -51,19 +55,22 @@ def attach(
     dora: bool = False,
     rows: Sequence[Row] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
+    curve: Curve | None = None,
 ) -> dict[str, Any]:
     """Give the model LoRA layers and return the adapter's config (mlx-lm's adapter_config.json).
 
     `scale` multiplies the update (alpha / rank in PEFT's terms). `keys` are module names inside a
     block, full (`self_attn.q_proj`) or short (`q_proj`); None means every linear layer of every
     block. `num_layers` counts blocks from the end, <= 0 or more than there are means all. `dora`
-    learns magnitudes too. `rows` are calibration data for inits that look at some; those need what
-    models.load() returned, not its bare model. `rank_pattern` has other ranks for some modules, see
-    `patterns.ranks_of`. Raises AdapterError for keys and patterns that match nothing, a rank above
-    a layer's size, and a model that has an adapter already.
+    learns magnitudes too; `curve` makes it a spline adapter. `rows` are calibration data for inits
+    that look at some; those need what models.load() returned, not its bare model. `rank_pattern`
+    has other ranks for some modules, see `patterns.ranks_of`. Raises AdapterError for keys and
+    patterns that match nothing, a rank above a layer's size, and a model that has an adapter.
     """
     loaded = model if isinstance(model, Loaded) else None
     model = model.model if isinstance(model, Loaded) else model
+    if dora and curve:
+        raise AdapterError("an adapter is DoRA or a spline, not both", "Leave one of them out.")
     if rank < 1:
         raise AdapterError(f"rank is at least 1, got {rank}")
     if not (math.isfinite(scale) and scale >= 0):
@@ -75,7 +82,8 @@ def attach(
     found = expand_keys(model, keys)
     depth = len(blocks(model))
     num_layers = depth if not 0 < num_layers <= depth else num_layers
-    parameters = {"rank": rank, "scale": scale, "dropout": dropout, "keys": found}
+    parameters: dict[str, Any] = {"rank": rank, "scale": scale, "dropout": dropout, "keys": found}
+    parameters |= {"type": "spline", **asdict(curve)} if curve else {}
     model.freeze()
     ranks = to_layers_of_ranks(model, num_layers, parameters, rank_pattern, dora=dora)
     layers = lora_layers(model)
@@ -88,7 +96,7 @@ def attach(
     scene = Scene(model, sites, seed, loaded, rows)
     measured = start(scene, init, init_options)
     return {
-        "fine_tune_type": "dora" if dora else "lora",
+        "fine_tune_type": "dora" if dora else "spline" if curve else "lora",
         "num_layers": num_layers,
         "lora_parameters": parameters,
         "init": {"name": init, **init_options, **({"measured": measured} if measured else {})},
@@ -135,13 +143,15 @@ def start(scene: Scene, init: str, options: Mapping[str, Any]) -> dict[str, floa
 def to_lora_layers(
     model: nn.Module, num_layers: int, parameters: Mapping[str, Any], *, dora: bool = False
 ) -> None:
-    """mlx-lm's linear_to_lora_layers, with our DoRA, its refusals as AdapterError."""
+    """mlx-lm's linear_to_lora_layers, with our DoRA and splines, its refusals as AdapterError."""
     try:
         linear_to_lora_layers(model, num_layers, dict(parameters))
     except ValueError as error:
         raise AdapterError(f"the layers cannot be adapted: {error}") from error
     if dora:
         to_dora(model)
+    if parameters.get("type") == "spline":
+        to_spline(model, parameters)
 
 
 def to_layers_of_ranks(

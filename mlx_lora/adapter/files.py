@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora import cpu
 from mlx_lora.adapter.attach import FACTORS, expand_keys, lora_layers, to_lora_layers
+from mlx_lora.adapter.spline import refuse_unsound
 from mlx_lora.adapter.tensors import CONFIG, WEIGHTS, digest, folder_of, padded, read, unpadded
 from mlx_lora.errors import AdapterError, near
 
@@ -57,6 +58,7 @@ def rank_of(a: mx.array) -> int:
 def load(model: nn.Module, folder: Path) -> dict[str, Any]:
     """Attach the adapter in `folder`. Unlike mlx-lm, missing tensors are an error too."""
     config, tensors = read(folder)
+    refuse_unsound(tensors, folder)
     parameters = {"dropout": 0.0, **config["lora_parameters"]}
     keys = parameters.get("keys")
     if keys is not None:

@@ -21,12 +21,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
-from mlx_lora import cpu
+from mlx_lora import cpu, cpu_spline
 from mlx_lora.adapter.attach import lora_layers
+from mlx_lora.adapter.spline import SplineLoRALinear
 from mlx_lora.adapter.weights import rms_of
 from mlx_lora.caches import Sit, company
-from mlx_lora.cpu_block import Beside
 from mlx_lora.cpu_layers import SILENT, rows, times, view, with_bias
+from mlx_lora.cpu_math import Beside
 from mlx_lora.errors import AdapterError
 from mlx_lora.models import split_head
 
@@ -298,10 +299,17 @@ def population_twin(parent: type) -> type:
             z = batched(x @ self.lora_a, part.factor_M, seating)
         else:
             z = batched(x, part.factor_M, seating) @ self.lora_b
+        z = self.bent(z) if isinstance(self, SplineLoRALinear) else z
         return y + (self.scale * z).astype(x.dtype)
 
-    own = {"__call__": call, "beside": staticmethod(beside)}
+    made = bent_beside if issubclass(parent, SplineLoRALinear) else beside
+    own = {"__call__": call, "beside": staticmethod(made)}
     return type(f"Population{parent.__name__}", (parent,), own)
+
+
+def bent_beside(*layers: Any) -> Beside:
+    """The same of spline layers, whose curve bends each member's own product: all of it."""
+    return cpu_spline.beside(*layers, shift=beside(*layers))
 
 
 def beside(*layers: Any) -> Beside:
@@ -343,7 +351,7 @@ def merged_and_beside(layer: Any, x: mx.array, count: int) -> mx.array:
     """The product with W + scale · A B, and every row's own noise beside it."""
     x_NI = rows(view(x))
     y_NO = times(x_NI, view(layer.__dict__["_merged"]).T)
-    y_NO += beside(layer)(x_NI, slice(0, count))
+    y_NO += layer.beside(layer)(x_NI, slice(0, count))
     return mx.array(y_NO.reshape(*x.shape[:-1], -1))
 
 

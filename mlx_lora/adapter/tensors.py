@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lora.errors import AdapterError
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
-KINDS = ("lora", "dora")
+KINDS = ("lora", "dora", "spline")
 
 
 def folder_of(given: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.adapter.attach import lora_layers
+from mlx_lora.adapter.attach import FACTORS, lora_layers
 from mlx_lora.bases import same_base, sketch
 from mlx_lora.check.adapters import dropout_of, largest_update, moves_outputs
 from mlx_lora.check.probes import Probes
@@ -145,4 +145,4 @@ def perplexity(nll: float) -> float:
 
 
 def is_finite(layer) -> bool:
-    return all(mx.isfinite(layer[f]).all().item() for f in ("lora_a", "lora_b", "m") if f in layer)
+    return all(mx.isfinite(layer[f]).all().item() for f in FACTORS if f in layer)

@@ -8,6 +8,7 @@ from typing import Any
 from mlx_lora import bases, models
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
+from mlx_lora.adapter.spline_math import asked as asked_curve
 from mlx_lora.check import certificate
 from mlx_lora.check.gate import Limits, Report, check, check_limits, compare, refuse_expectation
 from mlx_lora.check.layers import drift
@@ -114,6 +115,7 @@ def of_experiment(name: str, given: Request) -> Request:
         lora={
             "dora": e.fine_tune_type == "dora",
             "rows": attaching.calibration_rows(e),
+            "curve": asked_curve(asked.model_dump()),
             "rank": asked.rank,
             "scale": asked.effective_scale,
             "keys": asked.keys,

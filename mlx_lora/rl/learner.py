@@ -11,6 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from mlx_lora.adapter.attach import start_of
+from mlx_lora.adapter.spline import pulled, undecayed
 from mlx_lora.rl.importance import Weigh, mismatch, token
 from mlx_lora.rl.logprobs import Packed, completion_logps, rows_of
 from mlx_lora.rl.losses import k3, ratio
@@ -196,9 +197,11 @@ def step(model: nn.Module, optimizer: optim.Optimizer, grads: Any, lora_plus: fl
 
     The start is zero unless the init moved the model: there plain decay would undo what the init
     put in. `lora_plus` is the learning rate of every lora_b over that of lora_a (LoRA+, arXiv
-    2402.12354): whatever the optimizer, B's step is that much longer.
+    2402.12354): whatever the optimizer, B's step is that much longer. Curves of splines do not
+    decay: their regulariser is added to the gradients here, for every loss alike.
     """
-    start, now = start_of(model), model.trainable_parameters()
+    grads = pulled(model, grads)
+    start, now = start_of(model) | undecayed(model), model.trainable_parameters()
     before = tree_map_with_path(lambda n, x: x - start[n] if n in start else x, now)
     after = dict(tree_flatten(optimizer.apply_gradients(grads, before)))
 

@@ -28,6 +28,7 @@ from mlx_lora.errors import AdapterError, RunError
 from mlx_lora.models import Loaded
 from mlx_lora.runlog import json_safe
 from mlx_lora.ship.ranks import Spent, rules
+from mlx_lora.ship.trained import refuse_curved
 from mlx_lora.spectral.gram import NOISE
 from mlx_lora.spectral.names import split_expert
 from mlx_lora.spectral.read import adapter_folder
@@ -102,6 +103,7 @@ def shrink(
     rule = rules.bind(by, dict(options or {}))
     folder = adapter_folder(adapter)
     config, tensors = files.read(folder)
+    refuse_curved(config, folder)
     refuse_occupied(out)
     base = config.get("base") or {}
     loaded = models.load(base_of(base, model, folder), quantize=base.get("quantization"))

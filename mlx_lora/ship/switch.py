@@ -105,7 +105,7 @@ class Adapters:
         name = name or folder.resolve().name
         if name in self._layers:
             raise AdapterError(f"there is an adapter named {name} already", "Give it another name.")
-        self.notices += refuse_other_base(read(folder), self.loaded)
+        self.notices += refuse_other_base(read(folder, curved=True), self.loaded)
         with wearing(self.loaded.model, {}):
             layers = layers_of(self.loaded.model, folder)
         self._layers[name] = layers

@@ -54,16 +54,25 @@ def rank_of(factors: Factors) -> int:
     return a.shape[-2] if a.ndim == 3 else a.shape[-1]
 
 
-def read(given: Path) -> Trained:
-    """An adapter folder, mlx-lm's or PEFT's. AdapterError where it is none."""
-    folder = files.folder_of(str(given))
-    config, stored = files.read(folder)
+def refuse_curved(config: Mapping[str, Any], folder: Path) -> None:
+    """AdapterError for an adapter whose update is no product of factors."""
     kind = config["lora_parameters"].get("type", "lora")
     if kind != "lora":
         raise AdapterError(
             f"{folder} is an adapter of type {kind}: its update bends with the input",
             "No format and no weight matrix can hold that. Train one of type lora to ship it.",
         )
+
+
+def read(given: Path, *, curved: bool = False) -> Trained:
+    """An adapter folder, mlx-lm's or PEFT's. AdapterError where it is none.
+
+    One of type spline is refused unless `curved`, for callers that need no more than its modules.
+    """
+    folder = files.folder_of(str(given))
+    config, stored = files.read(folder)
+    if not curved:
+        refuse_curved(config, folder)
     tensors = unpadded(config, stored)
     names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
     halves = [n for n in names if not {f"{n}.lora_a", f"{n}.lora_b"} <= tensors.keys()]

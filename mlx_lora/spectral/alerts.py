@@ -13,6 +13,7 @@ from mlx_lora.spectral.metrics import (
     LoRAReport,
     rank_for,
 )
+from mlx_lora.spectral.splines import LEAST, MOST, STRAIGHT, SplineMetrics
 from mlx_lora.types import Finding
 
 alerts: Table[Callable[..., list[Finding]]] = Table("alert")
@@ -139,6 +140,51 @@ def dominance_critical(report: LoRAReport, *, threshold: float = CRITICAL) -> li
         for name, d in dominances(report)
         if d > threshold
     ]
+
+
+def curves(report: LoRAReport) -> Iterator[tuple[str, SplineMetrics]]:
+    """Finite curves of a spline adapter."""
+    return ((name, s) for name, s in report.splines.items() if s.deviation is not None)
+
+
+@alerts.add
+def spline_deviation(report: LoRAReport, *, threshold: float = MOST) -> list[Finding]:
+    """A curve's values are further than 1 from their knots on average: far from any identity."""
+    action = "Raise spline_reg_weight or lower the learning rate; check that outputs are healthy."
+    return [
+        Finding(
+            "spline_deviation", n, f"deviates by {s.deviation:.2g} (up to {threshold:g})", action
+        )
+        for n, s in curves(report)
+        if s.deviation is not None and s.deviation > threshold
+    ]
+
+
+@alerts.add
+def spline_folded(report: LoRAReport, *, threshold: float = 0.0) -> list[Finding]:
+    """A piece of a curve does not rise: a larger B A x gives a smaller update."""
+    action = "Raise spline_reg_weight, or use fewer knots."
+    return [
+        Finding("spline_folded", n, f"a piece has the slope {s.least_slope:.2g}", action)
+        for n, s in curves(report)
+        if s.least_slope is not None and s.least_slope <= threshold
+    ]
+
+
+@alerts.add
+def spline_unused(
+    report: LoRAReport, *, deviation: float = LEAST, slope_variance: float = STRAIGHT
+) -> list[Finding]:
+    """All curves of a trained adapter are nearly straight: it is plain LoRA, at a higher cost."""
+    known = [s for _, s in curves(report)]
+    bent = [
+        s for s in known
+        if (s.deviation or 0) >= deviation or (s.slope_variance or 0) >= slope_variance
+    ]  # fmt: skip
+    if not known or bent or report.status != "trained":
+        return []
+    message = f"none of {len(known)} curves deviates by {deviation:g} or more"
+    return [Finding("spline_unused", "", message, "Train longer, or use type lora: it is quicker.")]
 
 
 @alerts.add

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ from mlx_lora.types import Finding
 
 if TYPE_CHECKING:
     from mlx_lora.spectral.dynamics import Look
+    from mlx_lora.spectral.splines import SplineMetrics
 
 DOMINATING, CRITICAL = 0.30, 0.50  # of the base's largest singular value
 ILL_CONDITIONED = 1000.0
@@ -250,6 +251,7 @@ class LoRAReport:
     alerts: Sequence[Finding] = ()
     suggested_rank: int | None = None
     looks: Sequence["Look"] = ()  # of the run, in order; not in the JSON
+    splines: Mapping[str, "SplineMetrics"] = field(default_factory=dict)  # by module
 
     @property
     def status(self) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_lora.spectral import splines
 from mlx_lora.spectral.canvas import (
     CARDS,
     COLOURS,
@@ -73,6 +74,8 @@ def draw(report: LoRAReport) -> dict[str, bytes]:
             else:
                 figure = picture(report)
             pictures[f"{name}.png"] = png(figure)
+        if report.splines:
+            pictures["splines.png"] = png(splines.draw(report.splines))
         if len(report.looks) > 1:
             pictures["dynamics.png"] = png(trajectories(report.looks, report.dynamics))
     return pictures

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from mlx_lora.cpu_threads import each
 from mlx_lora.errors import AdapterError, RunError, near
 from mlx_lora.runlog import atomically
+from mlx_lora.spectral import splines
 from mlx_lora.spectral.alerts import find
 from mlx_lora.spectral.dynamics import Look, looks_in, summed_up
 from mlx_lora.spectral.metrics import LoRAReport, LoRAStructuralMetrics
 from mlx_lora.spectral.names import natural, split_expert
 from mlx_lora.spectral.read import of_folder, of_model
 from mlx_lora.spectral.spectrum import Pair, measure
+from mlx_lora.spectral.splines import SplineMetrics
 from mlx_lora.spectral.structure import structure, suggested_rank
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ class LoRAAnalyzer:
             summed_up(looks, **(dynamics or {})),
             suggested_rank=suggested_rank(adapters),
             looks=looks,
+            splines=self.splines(),
         )
         return replace(report, alerts=find(report, alerts))
 
@@ -102,6 +105,12 @@ class LoRAAnalyzer:
         """The factors, from the folder or the model."""
         adapter = self.adapter
         return of_folder(adapter) if isinstance(adapter, str | Path) else of_model(adapter)
+
+    def splines(self) -> dict[str, SplineMetrics]:
+        """The curves of a spline adapter; none of others."""
+        adapter = self.adapter
+        named = isinstance(adapter, str | Path)
+        return splines.of_folder(adapter) if named else splines.of_model(adapter)
 
     def look_deeper(
         self, found: list[Pair], structural: LoRAStructuralMetrics, tell: Tell
@@ -169,6 +178,9 @@ def to_json(report: LoRAReport) -> dict[str, Any]:
             for f in report.alerts
         ],
         "suggested_rank": report.suggested_rank,
+        **(
+            {"splines": {n: asdict(s) for n, s in report.splines.items()}} if report.splines else {}
+        ),
     }
     return finite(document)
 

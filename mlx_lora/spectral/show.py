@@ -12,6 +12,7 @@ from mlx_lora.spectral.metrics import (
     LoRAStructuralMetrics,
 )
 from mlx_lora.spectral.names import kinds, places
+from mlx_lora.spectral.splines import headline
 from mlx_lora.spectral.structure import finding
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def summary(report: LoRAReport) -> list[str]:
     elif worst:
         lines.append(f"Dominance at scale is at most {worst:.2g} of the base.")
     lines += [*deeper(report.structural), *moved(report.dynamics)]
+    lines += [f"{headline(report.splines)}."] if report.splines else []
     by_name = defaultdict(list)
     for alert in report.alerts:
         by_name[alert.name].append(alert)

@@ -13,6 +13,7 @@ from mlx_lora.spectral.gram import spectra
 from mlx_lora.spectral.metrics import LoRAAdapterMetrics, effective_rank, kappa, metrics
 
 FACTORS = ("lora_a", "lora_b")
+OTHERS = ("m", "spline", "spline_scale")  # of DoRA, of splines
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,14 @@ def share(value: float | None, rank: int) -> float | None:
 def pairs(tensors: Mapping[str, Any], scales: Mapping[str, float] | float) -> Iterator[Pair]:
     """Factors by module, from tensors named `<module>.lora_a` and `.lora_b`; experts one by one.
 
-    DoRA's magnitudes `<module>.m` are passed over. AdapterError lists every tensor that is none of
-    these, has no partner, or does not fit it.
+    DoRA's magnitudes and the curves of splines are passed over. AdapterError lists every tensor
+    that is none of these, has no partner, or does not fit it.
     """
     modules = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
     problems = [
         f"  {name} is not a LoRA factor. {near(name.rpartition('.')[2], FACTORS)}"
         for name in tensors
-        if name.rpartition(".")[2] not in (*FACTORS, "m")
+        if name.rpartition(".")[2] not in (*FACTORS, *OTHERS)
     ]
     for module in () if problems else modules:
         a, b = tensors.get(f"{module}.lora_a"), tensors.get(f"{module}.lora_b")
