@@ -15,13 +15,13 @@ from mlx_lora.adapter.files import rank_of
 from mlx_lora.adapter.inits.gradient import BATCH, gradients
 from mlx_lora.adapter.scene import Scene, generator, task_rows
 from mlx_lora.data import Row, Text
-from mlx_lora.errors import ConfigError, RunError, near
+from mlx_lora.errors import ConfigError, near
 from mlx_lora.lessons import lessons_of
 from mlx_lora.memory import noise_bytes
 from mlx_lora.models import Loaded
 from mlx_lora.optimizers import optimizer_of
 from mlx_lora.prepare import load
-from mlx_lora.runlog import atomically, json_safe
+from mlx_lora.runlog import json_safe, write_all
 from mlx_lora.schema import Experiment, Stage
 from mlx_lora.sources import sources_of
 from mlx_lora.spectral import advice
@@ -336,14 +336,7 @@ def write(document: Mapping[str, Any], folder: Path, grain: str) -> list[Path]:
     if document["blocks"]:
         contents["lora_parameters.yaml"] = document["blocks"][grain]["yaml"].encode()
     contents["advice.png"] = draw(document)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            with atomically(folder / name) as part:
-                part.write_bytes(content)
-    except OSError as error:
-        raise RunError(f"cannot write the advice to {folder}: {error}") from error
-    return [folder / name for name in contents]
+    return write_all(contents, folder, "the advice")
 
 
 def advise(

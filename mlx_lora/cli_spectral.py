@@ -125,7 +125,7 @@ def advise(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run, an adapter, a check.")],
-    out: Annotated[Path | None, typer.Option(help="Page to write [RUN/report.html].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Page, or its folder [RUN].")] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -134,7 +134,7 @@ def report(
     from mlx_lora.report import page
 
     found = page.of(run)
-    path = out or run / page.FILE
+    path = page.place(run, out)
     page.write(found, path)
     if as_json:
         print_json(found.to_json() | {"out": str(path)})

@@ -64,16 +64,10 @@ def run_in(
         log = reopened(experiment, run_dir) if again else opened(experiment, run_dir)
         clock.carry(log)
     try:
-        if not experiment.first.train:
-            return closed(measured_alone(experiment.first, clock, console), log, clock)
-        prepared = prepare(experiment, log, clock, console)
-        with clock.measure("data"):
-            for e, task in zip(experiment.loops, tasks, strict=True):
-                if task:
-                    refuse_unfit(prepared.loaded, asked(e, task), e.rollout.max_tokens)
-            remember_held_out(experiment, tasks, log)
-        summary = {"task": task_name(experiment), "check": prepared.report.to_json()}
-        summary |= learn(experiment, prepared, tasks, log, clock, console)
+        if experiment.first.train:
+            summary = prepared_and_learned(experiment, tasks, log, clock, console)
+        else:
+            summary = measured_alone(experiment.first, clock, console)
     except BaseException as error:
         state, detail = stages.ended(log, error)
         log.status(state, detail)
@@ -82,17 +76,46 @@ def run_in(
             console.print(f"[yellow]Stopped[/], {detail}: {escape(str(log.folder))}")
             console.print(f"What it came to: mlx-lora report {escape(str(log.folder))}")
         raise
-    return closed(summary, log, clock)
+    return closed(summary, log, clock, console)
 
 
-def closed(summary: dict[str, Any], log: RunLog, clock: Clock) -> dict[str, Any]:
+def prepared_and_learned(
+    experiment: Experiment,
+    tasks: Sequence[Task | None],
+    log: RunLog,
+    clock: Clock,
+    console: Console,
+) -> dict[str, Any]:
+    """What the summary of a run that trains says."""
+    prepared = prepare(experiment, log, clock, console)
+    with clock.measure("data"):
+        for e, task in zip(experiment.loops, tasks, strict=True):
+            if task:
+                refuse_unfit(prepared.loaded, asked(e, task), e.rollout.max_tokens)
+        remember_held_out(experiment, tasks, log)
+    summary = {"task": task_name(experiment), "check": prepared.report.to_json()}
+    return summary | learn(experiment, prepared, tasks, log, clock, console)
+
+
+def closed(summary: dict[str, Any], log: RunLog, clock: Clock, console: Console) -> dict[str, Any]:
     """The summary, written as the last thing of a run, and the page that explains it."""
     breakdown(clock, log)
     summary |= {"run_dir": str(log.folder), "seconds": clock.report()["total"]}
     log.write_json(stages.SUMMARY, summary)
     log.status("finished")
-    page.write(page.of(log.folder), log.folder / page.FILE)
+    if distributed.leads():
+        explain(log.folder, console)
     return summary
+
+
+def explain(folder: Path, console: Console) -> None:
+    """Write the page. Whatever goes wrong is told: the run is finished, and stays so."""
+    try:
+        page.write(page.of(folder), folder / page.FILE)
+    except Exception as error:
+        why = escape(f"{type(error).__name__}: {error}")
+        console.print(f"[yellow]Note:[/] {page.FILE} was not written, {why}")
+        console.print(f"Once that is mended: mlx-lora report {escape(str(folder))}")
 
 
 def validated(experiment: Experiment, console: Console) -> list[Task | None]:

@@ -40,6 +40,18 @@ def atomically(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def write_all(contents: Mapping[str, bytes], folder: Path, what: str) -> list[Path]:
+    """Files by name in a folder, made where needed, each whole or not there. RunError says what."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in contents.items():
+            with atomically(folder / name) as part:
+                part.write_bytes(data)
+    except OSError as error:
+        raise RunError(f"cannot write {what} to {folder}: {error}") from error
+    return [folder / name for name in contents]
+
+
 def json_safe(thing: Any) -> Any:
     """Plain JSON data. NaN and infinities become null, in a mapping beside `<key>_status`.
 

@@ -1,6 +1,7 @@
 """Run folders made by hand, quick and whole, and what a page must be."""
 
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -89,6 +90,18 @@ def save(folder: Path, found: dict, config: str = CONFIG) -> Path:
         rows = document if name.endswith(".jsonl") else [document]
         (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (folder / "config.yaml").write_text(config)
+    return folder
+
+
+def changed(run: Path, folder: Path, **files) -> Path:
+    """A copy of the run with other documents; None removes one."""
+    shutil.copytree(run, folder)
+    for name, document in files.items():
+        if document is None:
+            (folder / name).unlink()
+        else:
+            text = document if isinstance(document, str) else json.dumps(document)
+            (folder / name).write_text(text)
     return folder
 
 

@@ -171,6 +171,8 @@ def test_stays_quiet(name):
 def test_messages_carry_the_numbers():
     low = report(replace(SOUND, effective_rank_BA=0.8, rank_utilization=0.2))
     assert "0.8 of rank 4 (20%" in alerts["effective_rank_low"](low)[0].message
+    wide = replace(SOUND, nominal_rank=1024, effective_rank_BA=200.0, rank_utilization=0.2)
+    assert "Rank 300 would hold it" in alerts["effective_rank_low"](report(wide))[0].action
     sick = report(replace(SOUND, kappa_B=2500.0, kappa_B_status="at_least"))
     assert "κ(B) is at least 2.5e+03" in alerts["ill_conditioned"](sick)[0].message
     loud = report(replace(SOUND, effective_lr_scale=8.0), 4.0)

@@ -121,6 +121,16 @@ def test_states_of_a_run_come_in_the_order_they_were_made(tmp_path):
         states(tmp_path / "alone")
 
 
+def test_the_states_of_stages_are_those_of_each(tmp_path):
+    names = ["stages/2_sft/adapters", "stages/10_es/checkpoints/0000004", "stages/10_es/adapters"]
+    for name in ("adapters/initial", *names, "adapters"):
+        adapter(tmp_path / name)
+        (tmp_path / name / "state.json").write_text("{}")
+    found = states(tmp_path)
+    assert [str(f.relative_to(tmp_path)) for f in found] == ["adapters/initial", *names]
+    assert len(set(compare(found).names)) == 4
+
+
 def test_a_comparison_has_a_limit(tmp_path):
     for count in (1, MOST + 1):
         with pytest.raises(ConfigError, match=f"takes 2 to {MOST} adapters, got {count}"):

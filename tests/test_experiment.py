@@ -115,6 +115,30 @@ def test_a_run_that_was_killed_is_resumed_to_the_same_bits(tmp_path):
     assert all(mx.array_equal(pairs[0][k], pairs[1][k]) for k in pairs[0])
 
 
+@pytest.mark.parametrize("leads", [True, False])
+def test_a_page_that_fails_leaves_a_finished_run_as_it_is(tmp_path, monkeypatch, capsys, leads):
+    """Also without training; and only the leading machine tries."""
+    (tmp_path / "test.jsonl").write_text('{"text": "A duck has two legs."}\n')
+    text = f"model: demo\ntrain: false\ntest: true\nadapter_path: ''\ndata: {tmp_path}\n"
+
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    def measured(*_):
+        monkeypatch.setattr(experiment.distributed, "leads", lambda: leads)
+        return {"test_loss": 2.0}
+
+    monkeypatch.setattr(experiment, "measured_alone", measured)
+    monkeypatch.setattr(experiment.page, "of", full)
+    folder = tmp_path / "run"
+    found = experiment.run(config.from_text(text), folder, console())
+    kept, status = (json.loads((folder / f"{n}.json").read_text()) for n in ("summary", "status"))
+    assert found["test_loss"] == kept["test_loss"] == 2.0 and status["state"] == "finished"
+    said = capsys.readouterr()
+    told = " ".join((said.out + said.err).split())
+    assert ("No space left on device" in told) == leads == ("mlx-lora report" in told)
+
+
 def test_a_scheduled_scale_is_in_force_and_saved(tmp_path):
     text = YAML + "scale_schedule: {name: linear, start: 0.5, until: 1.0}\n"
     run(tmp_path / "run", text)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from report_pages import SUMMARY, Seen, adapter, documents, save
+from report_pages import LAYERS, SUMMARY, Seen, adapter, changed, documents, save
 from typer.testing import CliRunner
 
 from mlx_lora.cli import app
@@ -29,6 +29,7 @@ PAYLOADS = (
     "a\x00\x07\x1b[31mb\u202eevil\u2066\ud800\U000e0041",
     "x" * 10_000,
     "&lt;b&gt; {{7*7}} ${HOME} %s",
+    "\u00b2",
 )
 TAGS = "html head meta title link style body header h1 h2 h3 p nav ul li a main section div footer"
 TAGS += " details summary table thead tbody tr th td figure figcaption svg line text polyline path"
@@ -39,18 +40,6 @@ TAGS += " circle rect i span strong dl dt dd pre"
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     return save(folder, documents(folder))
-
-
-def changed(run: Path, folder: Path, **files) -> Path:
-    """A copy of the run with other documents; None removes one."""
-    shutil.copytree(run, folder)
-    for name, document in files.items():
-        if document is None:
-            (folder / name).unlink()
-        else:
-            text = document if isinstance(document, str) else json.dumps(document)
-            (folder / name).write_text(text)
-    return folder
 
 
 def seen(folder: Path) -> Seen:
@@ -120,7 +109,7 @@ def test_a_run_that_did_not_finish_says_so(run, tmp_path, status, words):
     folder = changed(run, tmp_path / "r", **{"status.json": status, "summary.json": None})
     found = page.of(folder).answers
     assert words in found["finished"].sentence and found["finished"].tone != "good"
-    assert found["learned"].sentence.endswith("37.0% to 50.0%"), "the last evaluation on the way"
+    assert found["learned"].sentence.endswith("37.0% to 50.0% at step 5")
 
 
 def test_supervised_and_unmeasured_runs_say_what_they_know(run, tmp_path):
@@ -213,19 +202,42 @@ def test_what_is_no_folder_to_report_on_is_an_error(tmp_path, given):
 
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_text_of_models_and_files_stays_text(tmp_path, payload):
-    folder = tmp_path / "run"
+    folder = tmp_path / named("run", payload)
     folder.mkdir()
     planted = poisoned(documents(folder), payload)
+    for i, row in enumerate(planted["metrics.jsonl"]):
+        row[payload] = 0.5 * i
+    stage = named("stages/1_sft", payload)
+    planted |= {f"{stage}/{name}": rows for name, rows in planted.items() if "jsonl" in name}
+    planted[f"{named('eval_after_1_sft', payload)}.json"] = planted["eval_before.json"]
     save(folder, planted, f"model: {json.dumps(payload)}\nmethod: grpo\n")
-    written = page.render(page.of(folder))
+    found = page.of(folder)
+    written = page.render(found)
     refuse_anything_but_our_own(written)
+    assert not page.problems(found.folder) and {"ranks", "dynamics", "held-out"} <= set(found.parts)
+    shown = "".join(Seen(written).text)
+    keys = [payload, *(f"{key}{payload}" for key in ("q_proj", "wrong_value", "mlx"))]
+    assert all(visible(key) in shown for key in keys)
     assert len(written.encode("utf-8")) < 2_000_000
+
+
+def named(path: str, payload: str) -> str:
+    """A path whose last part says the payload as far as a file system lets it."""
+    kept = payload.replace("/", "∕").replace("\0", "").encode("utf-8", "ignore")[:100]
+    return path + kept.decode("utf-8", "ignore")
+
+
+def hostile(key: str, payload: str) -> str:
+    """Names of things are keys too: of modules, of reasons, of versions."""
+    if key == LAYERS[-1]:
+        return payload
+    return f"{key}{payload}" if key in (*LAYERS, "correct", "wrong_value", "mlx") else key
 
 
 def poisoned(value, payload: str):
     """Every text and every key that is a name of a thing, replaced."""
     if isinstance(value, dict):
-        return {k: poisoned(v, payload) for k, v in value.items()}
+        return {hostile(k, payload): poisoned(v, payload) for k, v in value.items()}
     if isinstance(value, list):
         return [poisoned(v, payload) for v in value]
     keep = ("pass", "finished", "trained", "step", "unaccounted", "exact")
@@ -368,6 +380,15 @@ def test_the_command_writes_the_page_beside_the_run_and_one_document(run, tmp_pa
     assert (tmp_path / "x.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     done = CliRunner().invoke(app, ["report", str(run)])
     assert done.exit_code == 0 and (run / "report.html").is_file() and "It learned" in done.stdout
+    done = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path)])
+    assert done.exit_code == 0 and (tmp_path / "report.html").is_file()
+
+
+def test_a_run_in_the_home_folder_has_its_page_there(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    changed(run, tmp_path / "r")
+    assert CliRunner().invoke(app, ["report", "~/r"]).exit_code == 0
+    assert (tmp_path / "r" / "report.html").is_file()
 
 
 @pytest.mark.slow

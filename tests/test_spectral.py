@@ -430,6 +430,8 @@ def test_suggested_rank():
         suggested_rank({"m": used([1.0, 0.1])}) == 2
     )  # never more than there is, unless it is full
     assert suggested_rank({"m": used(np.ones(32))}) == 64
+    wide = dataclasses.replace(used(np.ones(32)), effective_rank_BA=90.0, rank_utilization=0.95)
+    assert suggested_rank({"m": wide}) is None  # 128 would be less than 1.5 times of it
     assert suggested_rank({"m": used(np.zeros(4))}) is None
 
 

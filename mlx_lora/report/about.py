@@ -21,6 +21,7 @@ KEYS = {  # a key of the config -> what a person calls it
     "optimizer": "optimizer",
     "seed": "seed",
 }
+NOT_OF_ES = ("batch_size", "learning_rate")
 OF_A_STAGE = ("method", "iters", "batch_size", "learning_rate", "optimizer")
 BAR = 120  # units of a bar's picture
 
@@ -31,10 +32,15 @@ def alerts(run: Folder, report: LoRAReport | None) -> Html | Missing:
     parts += [on_adapter(name, some) for name, some in by_name(report).items()]
     if parts:
         return joined(parts)
-    looked = run.kind == "run" or report is not None
-    if looked:
+    if watched_at_all(run, report):
         return tag("p", "None: nothing that is watched went beyond its threshold.")
     return Missing("nothing was watched")
+
+
+def watched_at_all(run: Folder, report: LoRAReport | None) -> bool:
+    """Whether there is a spectrum, or a step, look or alert that was logged."""
+    logs = ("metrics.jsonl", "spectra.jsonl", "alerts.jsonl")
+    return report is not None or any(loop.rows(log) for _, loop in run.loops for log in logs)
 
 
 def raised(run: Folder) -> list[tuple[str, Row]]:
@@ -135,8 +141,10 @@ def settings(found: Row) -> dict[str, str]:
     """What a person asks for first, of a config.yaml or an adapter_config.json."""
     lora, packed = mapping(found.get("lora_parameters")), mapping(found.get("quantize"))
     stages = [word(s.get("method")) for s in records(found.get("stages"))]
-    keys = {k: n for k, n in KEYS.items() if not (stages and k in OF_A_STAGE)}
-    said = {name: brief(found.get(key)) for key, name in keys.items()}
+    es = found.get("method") == "es" and not stages
+    left_out = OF_A_STAGE if stages else NOT_OF_ES if es else ()
+    said = {name: brief(found.get(key)) for key, name in KEYS.items() if key not in left_out}
+    said["population"] = brief(mapping(found.get("es")).get("population")) if es else ""
     said["rank and scale"] = f"{brief(lora.get('rank'))}, {brief(lora.get('scale'))}"
     said["quantized on load"] = f"to {brief(packed.get('bits'))} bits" if packed else ""
     said["stages"] = ", ".join(stages)

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_lora import curves
-from mlx_lora.report.about import by_name, raised
-from mlx_lora.report.folder import Folder, mapping, word
+from mlx_lora.report.about import by_name, raised, watched_at_all
+from mlx_lora.report.folder import AFTER_STAGE, Folder, Row, mapping, records, word
 from mlx_lora.report.markup import number, percent, shown
 from mlx_lora.spectral.metrics import LOW_UTILIZATION, LoRAReport
+from mlx_lora.spectral.show import rank_to_take
 from mlx_lora.spectral.structure import finding
 
-TONES = {"pass": "good", "warn": "warn", "fail": "bad"}
+TONES = {"pass": "good", "warn": "warn", "fail": "bad"}  # from the best verdict to the worst
+TELLS = "mlx-lora check MODEL --adapter DIR tells"
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def finished(run: Folder) -> Answer:
     """Whether the run came to its end."""
     status = run.one("status.json")
     state, detail = word(status.get("state")), word(status.get("detail"))
-    step = number(status.get("step"))
-    steps = "" if step is None else f"{step + 1:,.0f} steps were logged"
+    count = steps_logged(run)
+    steps = f"{count:,.0f} step{' was' if count == 1 else 's were'} logged" if count else ""
     if state == "finished":
         return Answer("finished", "good", "It finished", detail)
     if state == "interrupted":
@@ -77,56 +79,110 @@ def finished(run: Folder) -> Answer:
     return Answer("unknown", "warn", "Whether it finished is not known", "There is no status.json")
 
 
+def steps_logged(run: Folder) -> float:
+    """Of the run or all its stages; what the status says where no step is logged."""
+    counts = [
+        len({s for row in loop.rows("metrics.jsonl") if (s := number(row.get("step"))) is not None})
+        for _, loop in run.loops
+    ]
+    last = number(run.one("status.json").get("step"))
+    return sum(counts) or (0 if last is None else last + 1)
+
+
 def learned(run: Folder) -> Answer:
     """From the best evidence there is: held-out accuracy, held-out loss, then the training."""
-    before, after = accuracies(run)
+    if run.config.get("train") is False:
+        return tested(run)
+    before, after, when = accuracies(run)
     if before and after:
         gain = difference(before, after)
         points = f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f} points"
         said = (
             f"accuracy on held-out problems from {percent(before.value)} to {percent(after.value)}"
-        )
+            f" {when}"
+        ).rstrip()
         if gain.low > 0:
             return Answer("yes", "good", f"It learned: {said}", f"Gain {points}, 95 % interval")
         if gain.high < 0:
             return Answer("worse", "bad", f"It got worse: {said}", f"{points}, 95 % interval")
         why = f"The change is {points}, 95 % interval: it may be nothing"
+        why = ". ".join(filter(None, [why, mean_rewards(run)]))
         return Answer("unclear", "warn", f"Not shown to have learned: {said}", why)
     return by_loss(run) or by_reward(run) or by_training(run)
 
 
-def accuracies(run: Folder) -> tuple[Share | None, Share | None]:
-    """Before, and after: at the end, else at the last evaluation on the way."""
+def tested(run: Folder) -> Answer:
+    """Of a run that does not train (`train: false`)."""
+    summary = run.one("summary.json")
+    loss, adapter = number(summary.get("test_loss")), word(summary.get("adapter"))
+    if loss is None:
+        return Answer("unknown", "plain", "It was only to be tested, and no test loss is here")
+    said = f"It was only tested: test loss {shown(loss)} nats per token"
+    return Answer("tested", "plain", said, f"Adapter: {adapter}" if adapter else "Without adapter")
+
+
+def accuracies(run: Folder) -> tuple[Share | None, Share | None, str]:
+    """Before, after, and when that was where it was not at the end.
+
+    Of stages only what was measured after one counts: on their way each measures its own task.
+    """
     summary = run.one("summary.json")
     before = Share.of(summary, "accuracy_before") or Share.of(run.one("eval_before.json"))
-    after = Share.of(summary, "accuracy_after")
-    if after is None:
-        rows = [
-            s for _, loop in run.loops for row in loop.rows("evals.jsonl") if (s := Share.of(row))
-        ]
-        after = rows[-1] if rows else None
-    return before, after
+    if after := Share.of(summary, "accuracy_after"):
+        return before, after, ""
+    if done := list(after_stages(run).items()):
+        when, after = done[-1]
+        return before, after, when
+    rows = [(s, row) for row in run.rows("evals.jsonl") if (s := Share.of(row))]
+    if not rows:
+        return before, None, ""
+    after, row = rows[-1]
+    return before, after, f"at step {shown(row.get('step'))}"
+
+
+def after_stages(run: Folder) -> dict[str, Share]:
+    """Accuracy after each stage that is done, in order, on the one task the run is measured on."""
+    found = {name: run.one(name) for name in run.documents if name.startswith(AFTER_STAGE)}
+    files = {n.removeprefix(AFTER_STAGE).removesuffix(".json"): d for n, d in found.items()}
+    told = {word(s.get("name")): s for s in records(run.one("summary.json").get("stages"))}
+    return {f"after {name}": s for name, row in (files | told).items() if (s := Share.of(row))}
 
 
 def by_loss(run: Folder) -> Answer | None:
-    found = [mapping(run.one("summary.json")), *(s.one("summary.json") for _, s in run.loops)]
-    pairs = [(number(s.get("valid_loss_before")), number(s.get("valid_loss"))) for s in found]
-    for first, last in pairs:
+    """Of the last stage that measured it before and after."""
+    summary = run.one("summary.json")
+    found = [("", summary), *((word(s.get("name")), s) for s in records(summary.get("stages")))]
+    found += [(s.path.name, s.one("summary.json")) for s in run.stages]
+    for name, row in reversed(found):
+        first, last = number(row.get("valid_loss_before")), number(row.get("valid_loss"))
         if first is not None and last is not None:
-            moved = "fell" if last < first else "did not fall"
-            said = f"Held-out loss {moved}: {shown(first)} to {shown(last)} nats per token"
+            where = f"Held-out loss of {name}" if name else "Held-out loss"
+            why = "One measurement each, no interval"
+            if shown(first) == shown(last):
+                said = f"{where} stayed at {shown(last)} nats per token"
+                return Answer("unclear", "warn", said, why)
+            moved = "fell" if last < first else "rose"
+            said = f"{where} {moved}: {shown(first)} to {shown(last)} nats per token"
             verdict, tone = ("yes", "good") if last < first else ("no", "warn")
-            return Answer(verdict, tone, said, "One measurement each: no interval")
+            return Answer(verdict, tone, said, why)
     return None
 
 
-def by_reward(run: Folder) -> Answer | None:
+def mean_rewards(run: Folder) -> str:
+    """On held-out problems, before and after, in words; empty where they are not known."""
     summary = run.one("summary.json")
     first, last = (number(summary.get(f"reward_mean_{when}")) for when in ("before", "after"))
     if first is None or last is None:
+        return ""
+    return f"Mean reward on held-out problems went from {shown(first)} to {shown(last)}"
+
+
+def by_reward(run: Folder) -> Answer | None:
+    said = mean_rewards(run)
+    if not said:
         return None
-    said = f"Mean reward on held-out problems went from {shown(first)} to {shown(last)}"
-    return Answer("unclear", "plain", said, "Nothing is called correct here: no interval")
+    why = "This task gives rewards, not right or wrong, so there is no interval"
+    return Answer("unclear", "plain", said, why)
 
 
 def by_training(run: Folder) -> Answer:
@@ -149,38 +205,73 @@ def history_of(run: Folder) -> list[dict[str, float]]:
 
 
 def harmless(run: Folder) -> Answer:
-    """The verdict of the check, and what was seen since."""
-    check = run.one("check.json")
+    """The worst verdict of the checks, and what was seen since."""
+    stage, check = worst_check(run)
     verdict = word(check.get("verdict"))
     failures = [a for _, loop in run.loops for a in loop.rows("alerts.jsonl")]
     unhealthy = sum(a.get("name") == "unhealthy" for a in failures)
     certified = next((run.one(n) for n in run.documents if n.endswith("harmless.json")), {})
-    if verdict not in TONES:
+    if not check:
         verdict = word(certified.get("verdict"))
         if verdict in TONES:
             said = f"Certified at its start: {verdict}"
             return Answer(verdict, TONES[verdict], said, reason(certified))
-        advice = "mlx-lora check MODEL --adapter DIR tells"
-        return Answer("unknown", "plain", "Not known: there is no check", advice)
+        return Answer("unknown", "plain", "Not known: there is no check", TELLS)
     begun = "Before training" if run.kind == "run" else "The check says"
+    begun = f"Before {stage}" if stage else begun
     if unhealthy:
         said = f"{begun}: {verdict}. In training the check failed"
         times = "once" if unhealthy == 1 else f"{unhealthy} times"
         return Answer("fail", "bad", said, f"It was told {times}, see the alerts")
-    details = [reason(check)]
-    every = number(mapping(run.config.get("monitor")).get("check_every"))
-    if run.kind == "run" and every:
-        details.append(f"while training it was to look every {shown(every)} steps: no failure told")
+    details, tone = [reason(check)], TONES[verdict]
+    if run.kind == "run":
+        loop, seen = looked(run)
+        during = f"looked at while training {loop}".rstrip()
+        passed, unseen = f"it was {during}: no failure told", f"it was not {during}, {TELLS}"
+        details.append(passed if seen else unseen)
+        tone = tone if seen or verdict != "pass" else "plain"
     drifted = number(run.one("summary.json").get("kl_to_base_after"))
     if drifted is not None:
         details.append(f"KL to the base is {shown(drifted)} nats a token now")
-    return Answer(verdict, TONES[verdict], f"{begun}: {verdict}", "; ".join(filter(None, details)))
+    said = "; ".join(filter(None, details))
+    return Answer(verdict, tone, f"{begun}: {verdict}", said[:1].upper() + said[1:])
+
+
+def worst_check(run: Folder) -> tuple[str, Row]:
+    """Of the run's check and those before its stages, with the stage; of equals the first."""
+    every = [("", run), *((s.path.name, s) for s in run.stages)]
+    found = [(name, folder.one("check.json")) for name, folder in every]
+    judged = [(name, check) for name, check in found if word(check.get("verdict")) in TONES]
+    order = list(TONES)
+    return max(judged, key=lambda one: order.index(one[1]["verdict"]), default=("", {}))
+
+
+def looked(run: Folder) -> tuple[str, bool]:
+    """The last loop that logged a step, and whether it came to a look (see `guard.Guard.due`)."""
+    settings = records(run.config.get("stages")) if run.stages else [run.config]
+    logged = [
+        (name, max(number(row.get("step")) or 0.0 for row in rows) + 1, e)
+        for (name, loop), e in zip(run.loops, settings, strict=False)
+        if (rows := loop.rows("metrics.jsonl"))
+    ]
+    if not logged:
+        return "", False
+    name, done, e = logged[-1]
+    return name, done >= first_look(e)
+
+
+def first_look(e: Row) -> float:
+    """After how many steps of a loop with these settings the guard first looks."""
+    every, saved = number(mapping(e.get("monitor")).get("check_every")), number(e.get("save_every"))
+    return math.inf if not every else every if saved is None else min(every, saved)
 
 
 def watched(run: Folder, report: LoRAReport | None) -> Answer:
     """What the alerts come to."""
     names = [word(row.get("name")) for _, row in raised(run)]
     kinds = {name: len(some) for name, some in by_name(report).items()}
+    if not watched_at_all(run, report):
+        return Answer("unknown", "plain", "Nothing was watched")
     if not names and not kinds:
         return Answer("none", "good", "Nothing that is watched stood out")
     said = [*names, *(f"{name} in {n} modules" if n > 1 else name for name, n in kinds.items())]
@@ -202,6 +293,4 @@ def rank(report: LoRAReport | None) -> Answer:
     mean = sum(used) / len(used) if used else 0.0
     sound = report.status == "trained" and mean >= LOW_UTILIZATION
     tone = "bad" if report.status == "non_finite" else "good" if sound else "warn"
-    more = report.suggested_rank
-    detail = "" if more is None else f"Rank {more} would hold what every module uses"
-    return Answer(report.status, tone, f"It {finding(report)}", detail)
+    return Answer(report.status, tone, f"It {finding(report)}", rank_to_take(report).rstrip("."))

@@ -13,8 +13,9 @@ from mlx_lora import bases
 from mlx_lora.adapter.mapped import widened
 from mlx_lora.adapter.tensors import labels
 from mlx_lora.cpu_threads import each
-from mlx_lora.errors import AdapterError, ConfigError, RunError
-from mlx_lora.runlog import atomically
+from mlx_lora.errors import AdapterError, ConfigError
+from mlx_lora.report.folder import stage_folders
+from mlx_lora.runlog import write_all
 from mlx_lora.ship.algebra import Decomposed, Thin, decomposed, overlap, principal_cosines, product
 from mlx_lora.spectral.metrics import LoRAReport, k90
 from mlx_lora.spectral.names import natural
@@ -88,11 +89,16 @@ class Comparison:
 
 
 def states(run: Path) -> list[Path]:
-    """The adapters that a run kept: its start, its checkpoints, its best, its end."""
+    """The adapters that a run kept: its start, its checkpoints, its best, its end.
+
+    Of stages those of each, the run's end being that of the last.
+    """
     from mlx_lora.rl import checkpoints  # loads mlx-lm
 
-    found = [run / "adapters" / "initial", *checkpoints.every(run / "checkpoints")]
-    found += [run / "adapters" / "best", run / "adapters"]
+    found = [run / "adapters" / "initial"]
+    for loop in stage_folders(run) or [run]:
+        ends = [loop / "adapters" / "best", loop / "adapters"]
+        found += [*checkpoints.every(loop / "checkpoints"), *ends]
     kept = [folder for folder in found if (folder / "adapter_config.json").is_file()]
     if len(kept) < 2:
         raise AdapterError(
@@ -114,7 +120,10 @@ def compare(
     nothing is common.
     """
     if not 2 <= len(given) <= MOST:
-        raise ConfigError(f"a comparison takes 2 to {MOST} adapters, got {len(given)}")
+        raise ConfigError(
+            f"a comparison takes 2 to {MOST} adapters, got {len(given)}",
+            "Name them: mlx-lora spectrum A --compare B C.",
+        )
     folders = [adapter_folder(path) for path in given]
     read = [{pair.name: pair for pair in of_folder(folder)} for folder in folders]
     names = labels([path.absolute() for path in given])
@@ -293,10 +302,4 @@ def write(found: Comparison, folder: Path, *, picture: bool = True) -> None:
         from mlx_lora.report.compare_plot import draw
 
         contents["compare.png"] = draw(found)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in contents.items():
-            with atomically(folder / name) as part:
-                part.write_bytes(data)
-    except OSError as error:
-        raise RunError(f"cannot write the comparison to {folder}: {error}") from error
+    write_all(contents, folder, "the comparison")

@@ -26,6 +26,7 @@ DOCUMENTS = (
     "adapters/initial/harmless.json",
 )
 LOGS = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl", "evals.jsonl", "spectra.jsonl")
+AFTER_STAGE = "eval_after_"  # and the stage's name
 CONFIG = "config.yaml"
 RUN = ("status.json", "summary.json", "metrics.jsonl")  # one of them makes it a run
 Row = dict[str, Any]
@@ -84,7 +85,9 @@ def read(given: Path) -> Folder:
 
 def contents(path: Path) -> Folder:
     problems: list[str] = []
-    documents = {n: d for n in DOCUMENTS if (d := document(path, n, problems)) is not None}
+    between = sorted((p.name for p in path.glob(f"{AFTER_STAGE}*.json")), key=natural)
+    names = [*DOCUMENTS, *between]
+    documents = {n: d for n in names if (d := document(path, n, problems)) is not None}
     logs = {n: rows for n in LOGS if (rows := log(path, n, problems)) is not None}
     texts = {n: text for n in (CONFIG,) if (text := raw(path, n, problems)) is not None}
     config: Row = {}
@@ -93,7 +96,6 @@ def contents(path: Path) -> Folder:
             config = mapping(yamlfile.parse(texts[CONFIG], CONFIG).value)
         except UserError as error:
             problems.append(f"{CONFIG} does not read: {error}")
-    stages = sorted((path / "stages").glob("[0-9]*_*"), key=lambda p: natural(p.name))
     return Folder(
         path,
         documents,
@@ -101,8 +103,14 @@ def contents(path: Path) -> Folder:
         texts,
         config,
         problems,
-        [contents(p) for p in stages if p.is_dir()],
+        [contents(stage) for stage in stage_folders(path)],
     )
+
+
+def stage_folders(run: Path) -> list[Path]:
+    """Of the run's stages, in their order."""
+    found = sorted((run / "stages").glob("[0-9]*_*"), key=lambda p: natural(p.name))
+    return [p for p in found if p.is_dir()]
 
 
 def raw(path: Path, name: str, problems: list[str]) -> str | None:

@@ -100,17 +100,17 @@ def number(value: Any) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def shown(value: Any, unit: str = "") -> str:
+def shown(value: Any) -> str:
     """A number in three digits, with thousands; a dash for none.
 
-    >>> shown(0.12345), shown(12345.6), shown(None), shown(2.0, "s")
-    ('0.123', '12,346', '–', '2 s')
+    >>> shown(0.12345), shown(12345.6), shown(-0.0), shown(None)
+    ('0.123', '12,346', '0', '–')
     """
     found = number(value)
     if found is None:
         return ABSENT
     large = 1000 <= abs(found) < 1e12
-    return (f"{found:,.0f}" if large else f"{found:.3g}") + (f" {unit}" if unit else "")
+    return f"{found:,.0f}" if large else f"{found + 0.0:.3g}"
 
 
 def percent(value: Any) -> str:

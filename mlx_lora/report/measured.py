@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mlx_lora.report.answers import Share, accuracies
+from mlx_lora.report.answers import Share, accuracies, after_stages
 from mlx_lora.report.chart import Line, chart, interval_chart
 from mlx_lora.report.folder import Folder, Row, mapping, records, word
 from mlx_lora.report.markup import Html, joined, number, percent, shown, table, tag
@@ -38,11 +38,12 @@ def held_out(run: Folder) -> Html | Missing:
 
 
 def shares(run: Folder) -> Mapping[str, Share | None]:
-    """Accuracy before, after each stage but the last, and after."""
-    before, after = accuracies(run)
-    stages = records(run.one("summary.json").get("stages"))[:-1]
-    between = {f"after {word(s.get('name'))}": Share.of(s) for s in stages}
-    return {"before": before, **between, "after": after}
+    """Accuracy before, after each stage but the last, and after, or when it was measured last."""
+    before, after, when = accuracies(run)
+    stages = records(run.one("summary.json").get("stages"))
+    last = f"after {word(stages[-1].get('name'))}" if stages else ""
+    between = {name: share for name, share in after_stages(run).items() if name != last}
+    return {"before": before, **between, when or "after": after}
 
 
 def on_the_way(name: str, loop: Folder) -> Html | None:

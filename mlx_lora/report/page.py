@@ -159,6 +159,12 @@ def last(page: Page) -> Html | None:
     return tag("section", tag("h2", "Not in this report"), tag("dl", rows), id="missing")
 
 
+def place(run: Path, out: Path | None) -> Path:
+    """The file to write: `out`, or FILE in the folder that is given."""
+    path = (out or run).expanduser()
+    return path / FILE if path.is_dir() else path
+
+
 def write(page: Page, path: Path) -> None:
     """The page as a file, whole or not there. RunError where it cannot be written."""
     try:

@@ -2,11 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from mlx_lora.adapter.tensors import CONFIG
 from mlx_lora.errors import UserError
 from mlx_lora.report.chart import Line, chart
 from mlx_lora.report.folder import Folder, Row, mapping, records, word
@@ -51,21 +53,23 @@ def of(run: Folder) -> tuple[LoRAReport | None, str]:
     if folder is None:
         return None, "there is no spectrum.json and no adapter to measure"
     try:
-        return LoRAAnalyzer(folder).analyze(), f"{folder.relative_to(run.path)}, measured now"
+        where = folder.relative_to(run.path)
+        named = "these files" if where == Path() else f"{where}/"
+        return LoRAAnalyzer(folder).analyze(), f"{named}, measured now"
     except UserError as error:
         return None, str(error)
 
 
-def newest(run: Folder) -> Any:
-    """The folder of the adapter, or of the last checkpoint; None where there is neither."""
-    folder = adapter_folder(run.path)
-    if (folder / "adapter_config.json").is_file():
-        return folder
-    from mlx_lora.rl import checkpoints  # loads mlx-lm
-
+def newest(run: Folder) -> Path | None:
+    """What was written last, of adapters and newest checkpoints; None where there is neither."""
     places = [run.path, *(s.path for s in reversed(run.stages))]
-    found = [c for place in places for c in reversed(checkpoints.every(place / "checkpoints"))]
-    return found[0] if found else None
+    found = [adapter_folder(place) for place in places]
+    if saved := [folder for place in places if (folder := place / "checkpoints").is_dir()]:
+        from mlx_lora.rl import checkpoints  # loads mlx-lm
+
+        found += [last for folder in saved for last in checkpoints.every(folder)[-1:]]
+    there = [folder for folder in found if (folder / CONFIG).is_file()]
+    return max(there, key=lambda folder: (folder / CONFIG).stat().st_mtime, default=None)
 
 
 def typed(document: Row) -> LoRAReport:
@@ -99,6 +103,7 @@ def ranks(report: LoRAReport | None, why: str) -> Html | Missing:
         sentences.append("To cut it to what it uses: mlx-lora shrink ADAPTER --out SMALL")
     return joined(
         [tag("p", line) for line in sentences],
+        tag("p", f"From {why}.", class_="quiet"),
         tag("h3", "Effective rank"),
         rank_table(report),
         tag("h3", "Singular values of the update"),

@@ -38,7 +38,7 @@ def training(run: Folder) -> Html | Missing:
     if not parts:
         return Missing("no step is logged (metrics.jsonl)")
     decides = None
-    if any(accuracies(run)):
+    if any(accuracies(run)[:2]):
         words = "Each step has other problems: whether it learned, held-out problems say."
         decides = tag("p", words, class_="quiet")
     return joined(decides, *parts)
@@ -88,12 +88,12 @@ def panel(rows: Sequence[Row], name: str) -> Html | None:
         window = max(curves.WINDOW, len(points) // SMOOTH)
         smooth = curves.running_mean(np.array([y for _, y in points]), window)
         mean = [(x, float(y)) for (x, _), y in zip(points, smooth, strict=True)]
-        lines = [Line("a step", points, "dots"), Line(f"mean of {window}", mean)]
+        lines = [Line("each step", points, "dots"), Line(f"mean of {window} steps", mean)]
     if name == "loss" and (valid := validations(rows)):
         lines.append(Line("held out", valid, "both", "c1"))
     if name == "reward":
-        ends = (("fittest member", "fitness_max"), ("least fit", "fitness_min"))
-        lines += [Line(word, pairs(rows, key), "line", "c7") for word, key in ends]
+        ends = (("fittest member", "fitness_max", "c2"), ("least fit", "fitness_min", "c7"))
+        lines += [Line(word, pairs(rows, key), "line", colour) for word, key, colour in ends]
     ceiling = 1.0 if name in SHARES else None
     if name not in curves.LEADING and name not in curves.SIGNED and points:
         values = np.array([y for _, y in points])

@@ -1,5 +1,6 @@
 """What is wrong with an adapter, in words: one function per finding, its thresholds are options."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -73,7 +74,8 @@ def effective_rank_low(report: LoRAReport, *, threshold: float = LOW_UTILIZATION
             name,
             f"uses {m.effective_rank_BA:.1f} of rank {m.nominal_rank} "
             f"({m.rank_utilization:.0%}, below {threshold:.0%})",
-            f"Rank {rank_for(m.effective_rank_BA)} would hold it, unless longer training fills it.",
+            f"Rank {rank_for(m.effective_rank_BA) or math.ceil(1.5 * m.effective_rank_BA)} "
+            "would hold it, unless longer training fills it.",
         )
         for name, m in trained(report)
         if m.effective_rank_BA is not None

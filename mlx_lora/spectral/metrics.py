@@ -142,14 +142,16 @@ def kappa(s_R: np.ndarray, eps: float = 2.0**-23) -> tuple[float | None, str]:
     return (seen, "exact") if seen <= limit else (limit, "at_least")
 
 
-def rank_for(effective: float) -> int:
+def rank_for(effective: float) -> int | None:
     """The rank we advise: the smallest of 4, 8, 16 ... 128 that is >= 1.5 times the effective rank.
 
+    None where 128 is less than that.
+
     >>> rank_for(2.1), rank_for(6.0), rank_for(500.0)
-    (4, 16, 128)
+    (4, 16, None)
     """
     wanted = math.ceil(1.5 * effective)
-    return next((rank for rank in LADDER if rank >= wanted), LADDER[-1])
+    return next((rank for rank in LADDER if rank >= wanted), None)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def natural(name: str) -> list[str | int]:
     >>> sorted(["layers.10.q", "layers.9.q"], key=natural)
     ['layers.9.q', 'layers.10.q']
     """
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def places(names: Iterable[str]) -> dict[str, tuple[int | None, str]]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_lora.cpu_threads import each
-from mlx_lora.errors import AdapterError, RunError, near
-from mlx_lora.runlog import atomically
+from mlx_lora.errors import AdapterError, near
+from mlx_lora.runlog import write_all
 from mlx_lora.spectral import splines
 from mlx_lora.spectral.alerts import find
 from mlx_lora.spectral.dynamics import Look, looks_in, summed_up
@@ -198,14 +198,6 @@ def write(report: LoRAReport, folder: Path, *, pictures: bool = True) -> list[Pa
     """spectrum.json and the pictures, each whole or not there; RunError where that fails."""
     from mlx_lora.spectral import plots
 
-    folder = Path(folder)
     text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
     contents = {"spectrum.json": text.encode(), **(plots.draw(report) if pictures else {})}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in contents.items():
-            with atomically(folder / name) as part:
-                part.write_bytes(data)
-    except OSError as error:
-        raise RunError(f"cannot write the report to {folder}: {error}") from error
-    return [folder / name for name in contents]
+    return write_all(contents, Path(folder), "the report")

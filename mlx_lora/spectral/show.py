@@ -69,11 +69,7 @@ def cell(report: LoRAReport, names: list[str]) -> str:
 def summary(report: LoRAReport) -> list[str]:
     """What the table amounts to: the ranks used, the rank to take, each alert with its count."""
     lines = [f"The adapter {finding(report)}."]
-    if report.suggested_rank is not None:
-        paid = max(m.nominal_rank for m in report.adapters.values())
-        more = f"A module uses nearly all of its rank: try rank {report.suggested_rank}."
-        enough = f"Rank {report.suggested_rank} holds what every module uses."
-        lines.append(more if report.suggested_rank > paid else enough)
+    lines += [said] if (said := rank_to_take(report)) else []
     worst = report.structural.scaled_max_dominance
     if report.structural.scaled_per_layer_dominance is None:
         lines.append("Dominance is not known without the base model.")
@@ -89,6 +85,16 @@ def summary(report: LoRAReport) -> list[str]:
         more = f" (and {len(some) - 1} more)" if len(some) > 1 else ""
         lines.append(f"! {name}: {where}{some[0].message}{more}")
     return lines
+
+
+def rank_to_take(report: LoRAReport) -> str:
+    """More where a module is full, else what is enough; empty where no rank is suggested."""
+    if report.suggested_rank is None:
+        return ""
+    paid = max(m.nominal_rank for m in report.adapters.values())
+    if report.suggested_rank > paid:
+        return f"A module uses nearly all of its rank: try rank {report.suggested_rank}."
+    return f"Rank {report.suggested_rank} holds what every module uses."
 
 
 def deeper(s: LoRAStructuralMetrics) -> list[str]:

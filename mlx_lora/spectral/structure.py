@@ -112,13 +112,13 @@ def suggested_rank(adapters: Mapping[str, LoRAAdapterMetrics]) -> int | None:
     """The rank that would hold every module: `rank_for` the largest effective rank of BA.
 
     More than the present rank only where a module uses 90 % of it. None where nothing is trained or
-    a module is not finite: such an adapter says nothing of rank.
+    a module is not finite: such an adapter says nothing of rank. Nor where 128 is not enough.
     """
     trained = [m for m in adapters.values() if m.status == "trained"]
     if not trained or any(m.status == "non_finite" for m in adapters.values()):
         return None
     wanted = rank_for(max(m.effective_rank_BA or 0.0 for m in trained))
-    if any((m.rank_utilization or 0.0) >= SATURATED for m in trained):
+    if wanted is None or any((m.rank_utilization or 0.0) >= SATURATED for m in trained):
         return wanted
     return min(wanted, max(m.nominal_rank for m in trained))
 
@@ -151,6 +151,8 @@ def finding(report: LoRAReport) -> str:
             return f"is broken: {' and '.join(others)} of {len(adapters)} modules"
         return f"is untrained: BA = 0 in all {len(adapters)} modules"
     used = [m for m in adapters if m.effective_rank_BA is not None]
+    if not used:
+        return f"has no known effective rank in any of {len(adapters)} modules"
     average = sum(m.effective_rank_BA or 0.0 for m in used) / len(used)
     paid = sum(m.nominal_rank for m in used) / len(used)
     text = f"uses {average:.1f} of {paid:.3g} ranks on average"
