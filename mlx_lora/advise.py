@@ -14,7 +14,7 @@ from mlx_lora.adapter.attach import PLACED, attach, lora_layers
 from mlx_lora.adapter.files import rank_of
 from mlx_lora.adapter.inits.gradient import BATCH, gradients
 from mlx_lora.adapter.scene import Scene, generator, task_rows
-from mlx_lora.data import Row, Text
+from mlx_lora.data import Row, Text, learnable
 from mlx_lora.errors import ConfigError, near
 from mlx_lora.lessons import lessons_of
 from mlx_lora.memory import noise_bytes
@@ -32,14 +32,22 @@ from mlx_lora.spectral.sketch import OVERSAMPLE, Agreement, Product, agreements
 from mlx_lora.tasks import load_task
 from mlx_lora.types import Site
 
+RULE = "knee"  # where none is asked for
 ALTERNATIONS = 2
 PASSES = 2 * ALTERNATIONS + 2  # over each half of the texts
 TOKENS = 4096  # of one backward pass, padding among them
 Tell = Callable[[str, int, int], None]
 
 
-def before_training(experiment: Experiment, *, batches: int, directions: int) -> dict[str, Any]:
+def before_training(
+    experiment: Experiment, *, batches: int = 16, directions: int = 16
+) -> dict[str, Any]:
     """Advice from the gradient on calibration texts, of a model that nobody has trained yet."""
+    if not experiment.first.train:
+        raise ConfigError(
+            "train is false: an experiment that only measures has no ranks to choose",
+            "Give one that trains, or the folder of an adapter or run.",
+        )
     config.check_names(experiment)
     unsupported.refuse(experiment)
     e, count = experiment.last, batches * BATCH  # model and adapter are the same in every stage
@@ -124,9 +132,9 @@ def calibration(
         assert e.task is not None
         named = f"task {e.task.name}"
         return data.read(loaded, list(enumerate(solved, start=1)), named), named
-    texts = lessons_of(loaded, sources_of(e)["train"], e).texts
+    texts = learnable(lessons_of(loaded, sources_of(e)["train"], e).texts)
     if len(texts) < 2:
-        raise ConfigError(f"{e.data}: halves of the data are compared, and there is one row")
+        raise ConfigError(f"{e.data}: halves of the data are compared, and one row can be learnt")
     chosen = data.order(len(texts), e.seed, 0)[:count]
     return [texts[i] for i in chosen], str(e.hf_dataset[0].path if e.hf_dataset else e.data)
 
@@ -343,16 +351,29 @@ def advise(
     given: str,
     *,
     by: str = "kind",
-    batches: int = 16,
-    directions: int = 16,
-    rule: str = "knee",
+    batches: int | None = None,
+    directions: int | None = None,
+    rule: str | None = None,
     option: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Advice on an experiment file, or on an adapter or run folder. `by` is judged, not used."""
+    """Advice on an experiment file, or on an adapter or run folder. `by` is judged, not used.
+
+    `batches` and `directions` belong to the first, `rule` [knee] to the second.
+    """
     if by not in GRAINS:
         raise ConfigError(f"--by {by}: ranks come by {', '.join(GRAINS)}. {near(by, GRAINS)}")
     path = Path(given).expanduser()
+    asked = {"batches": batches, "directions": directions}
+    sketch = {name: n for name, n in asked.items() if n is not None}
     if path.is_dir() or path.suffix == ".safetensors":
-        return after_training(path, rule, config.parse_options(option))
-    experiment = config.load(config.find(given), option)
-    return before_training(experiment, batches=batches, directions=directions)
+        if sketch:
+            named = ", ".join(f"--{name}" for name in sketch)
+            raise ConfigError(
+                f"{named}: of an experiment's gradient, and {given} was trained", "Leave it out."
+            )
+        return after_training(path, RULE if rule is None else rule, config.parse_options(option))
+    if rule is not None:
+        raise ConfigError(
+            f"--rule: of an adapter's spectra, and {given} is an experiment", "Leave it out."
+        )
+    return before_training(config.load(config.find(given), option), **sketch)

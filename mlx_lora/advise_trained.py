@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from mlx_lora import config
-from mlx_lora.adapter.peft import is_peft
+from mlx_lora.adapter.peft import is_peft, read_peft
 from mlx_lora.adapter.tensors import described, folder_of
 from mlx_lora.blocks import LoraParameters
-from mlx_lora.errors import ConfigError
+from mlx_lora.errors import ConfigError, near
 from mlx_lora.schema import Stage
 from mlx_lora.ship.ranks import Spent, rules
 from mlx_lora.spectral.advice import Need
@@ -38,10 +38,15 @@ class Looked:
 
 def look(given: Path, rule: str, options: Mapping[str, Any]) -> Looked:
     """Into an adapter or run folder. AdapterError for one that is torn, foreign or empty."""
+    known = sorted(set(rules) - {"kl"})
     if rule == "kl":
         raise ConfigError(
             "--rule kl reads text with the model: that is `mlx-lora shrink --by kl`",
-            f"From the spectra alone: {', '.join(sorted(set(rules) - {'kl'}))}.",
+            f"From the spectra alone: {', '.join(known)}.",
+        )
+    if rule not in known:
+        raise ConfigError(
+            f"--rule {rule}: no rule for the spectra of an adapter", near(rule, known)
         )
     choose = rules.bind(rule, options)
     folder = adapter_folder(folder_of(str(given)))
@@ -109,7 +114,10 @@ def need(
     ranks: Mapping[str, int],
     idle: list[str],
 ) -> Need:
-    """Of an adapted layer: the most that one of its matrices needs; 1 where it is idle."""
+    """Of an adapted layer: the most that one of its matrices needs; 1 where it is idle.
+
+    Where one uses all of its rank, no rule can tell what it needs.
+    """
     inputs, outputs = (
         (pairs[n].a_IR.shape[0] for n in names),
         (pairs[n].b_RO.shape[1] for n in names),
@@ -119,9 +127,9 @@ def need(
     rank = adapters[names[0]].nominal_rank
     if not busy:
         return Need(*dims, rank, 1)
-    full = any((adapters[n].rank_utilization or 0.0) >= SATURATED for n in busy)
-    found = max(ranks[n] for n in busy)
-    return Need(*dims, rank, found, "full" if full and found == rank else None)
+    if any((adapters[n].rank_utilization or 0.0) >= SATURATED for n in busy):
+        return Need(*dims, rank, rank, "full")
+    return Need(*dims, rank, max(ranks[n] for n in busy))
 
 
 def evidence(m: LoRAAdapterMetrics) -> dict[str, Any]:
@@ -138,5 +146,6 @@ def experiment_of(given: Path, folder: Path) -> Stage:
     """What trained it, where a run says so; else only which layers the adapter is on."""
     if (given / "config.yaml").is_file():
         return config.load(given / "config.yaml").last
-    keys = None if is_peft(folder) else described(folder)["lora_parameters"].get("keys")
+    about = read_peft(folder)[0] if is_peft(folder) else described(folder)
+    keys = about["lora_parameters"].get("keys")
     return Stage(lora_parameters=LoraParameters(keys=None if keys is None else tuple(keys)))

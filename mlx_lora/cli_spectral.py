@@ -39,6 +39,10 @@ def spectrum(
 
     -o sets thresholds of alerts: -o dominance_warning.threshold=0.2.
     """
+    from mlx_lora.runlog import refuse_unwritable
+
+    if out:
+        refuse_unwritable(out)
     alone = {"--deep": deep, "-o": option, "--sarif": sarif, "--junit": junit}
     if several := others(adapter, compare, more, states, alone):
         return side_by_side(several, model, out, plots=plots, as_json=as_json)
@@ -98,9 +102,15 @@ def advise(
         str, typer.Argument(metavar="CONFIG", help="YAML experiment; adapter or run folder.")
     ],
     by: Annotated[str, typer.Option(help="Ranks by kind, layer or module.")] = "kind",
-    batches: Annotated[int, typer.Option(min=2, help="Of 8 texts, for the gradient.")] = 16,
-    directions: Annotated[int, typer.Option(min=2, help="To judge, in each module.")] = 16,
-    rule: Annotated[str, typer.Option(help="Of a trained one: `ls rules`.")] = "knee",
+    batches: Annotated[
+        int | None, typer.Option(min=2, help="Of 8 texts, for the gradient [16].")
+    ] = None,
+    directions: Annotated[
+        int | None, typer.Option(min=2, help="To judge, in each module [16].")
+    ] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="Of a trained one, see `ls rules`; else knee.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write JSON, YAML, picture.")] = None,
     option: Options = None,
     as_json: AsJson = False,
@@ -108,7 +118,10 @@ def advise(
     """Which ranks to train at, as YAML to paste: from the gradient, or from what was trained."""
     from mlx_lora import advise as advising
     from mlx_lora.cli import print_json
+    from mlx_lora.runlog import refuse_unwritable
 
+    if out:
+        refuse_unwritable(out)
     found = advising.advise(
         given, by=by, batches=batches, directions=directions, rule=rule, option=option or []
     )

@@ -14,7 +14,7 @@ import numpy as np
 from mlx_lora import cpu
 from mlx_lora.cpu_layers import LARGE, SILENT, WEIGHTY, dense, joined, view
 from mlx_lora.cpu_threads import slices, spread
-from mlx_lora.models import in_dims, split_head, vocabulary_size
+from mlx_lora.models import in_dims, new_cache, split_head, vocabulary_size
 
 PIECE, ROWS = 1 << 20, 32  # bytes of logits that are made at once, and of how many tokens at least
 SIZES = (1.0, 100.0)  # of the hidden states that a head is tried on: some cap what is large
@@ -34,10 +34,13 @@ def layer_of(model: nn.Module) -> Any | None:
 
 
 def outputs(model: nn.Module) -> list[str]:
-    """Names of layers as wide as the vocabulary, embeddings last."""
-    size = vocabulary_size(model)
+    """Names of layers from hidden states to as many as the vocabulary has, embeddings last."""
+    size, split = vocabulary_size(model), split_head(model)
+    if split.body is model:
+        return []
+    width = split.body(mx.array([[0]]), cache=new_cache(model)).shape[-1]
     found = [(n, m) for n, m in model.named_modules() if type(m) in WEIGHTY and "bias" not in m]
-    wide = [(n, m) for n, m in found if m.weight.shape[0] == size]
+    wide = [(n, m) for n, m in found if (m.weight.shape[0], in_dims(m)) == (size, width)]
     return [name for name, _ in sorted(wide, key=lambda pair: hasattr(pair[1], "as_linear"))]
 
 
@@ -47,8 +50,6 @@ def tried(model: nn.Module) -> Any:
 
     def name_if_head(name: str) -> str | None:
         layer, known = modules[name], "_dense" in modules[name].__dict__
-        if split.body is model:
-            return None
         hidden_ND = mx.random.normal((3, in_dims(layer)), key=mx.random.key(0))
         weight_VD, asked = dense(layer), [size * hidden_ND for size in SIZES]
         if weight_VD.dtype == mx.float32 and all(

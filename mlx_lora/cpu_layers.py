@@ -381,6 +381,8 @@ class NumpyLoRALinear(LoRALinear):
         weight_OI = view(dense(self.linear))
         if scale == 0:  # switched off: the base's own product, and no work for the branch
             return with_bias(self.linear, numpy_matmul(x, weight_OI))
+        if not self.lora_a.dtype == self.lora_b.dtype == mx.float32:
+            return super().__call__(x)
         y = numpy_lora(x, self.lora_a, self.lora_b, weight_OI, scale)
         return with_bias(self.linear, y)
 

@@ -140,6 +140,11 @@ def training_texts(
     return texts, cut
 
 
+def learnable(texts: Sequence[Text]) -> list[Text]:
+    """Those in which a token counts: a cut may have left a prompt alone."""
+    return [text for text in texts if text.start < len(text.ids)]
+
+
 def draw(items: Sequence[Item], step: int, count: int, seed: int) -> list[Item]:
     """The items of one step: a function of (seed, step), every item once per epoch."""
     found = []

@@ -5,7 +5,7 @@ import copy
 import io
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,11 @@ from mlx_lora.types import Message, Prompt
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "assets" / "demo_model"
 DEMO_QUANTIZATION = {"bits": 4, "group_size": 64, "mode": "affine"}
+KEPT = (  # beginnings of what a model needs beside weights and config
+    "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template",
+    "generation_config.json",
+)  # fmt: skip
+CODE = (".py", ".model", ".tiktoken")  # and endings: its own classes, its tokenizer's tables
 
 
 @dataclass(frozen=True)
@@ -206,16 +211,13 @@ def save_base(loaded: Loaded, out: Path) -> None:
 def save_model(
     weights: dict[str, mx.array], config: Mapping[str, Any], source: Path, folder: Path
 ) -> None:
-    """Weights and config as a model folder, with the tokenizer of `source`."""
+    """Weights and config as a model folder, with the tokenizer and the code of `source`."""
     from mlx_lm.utils import save_config
 
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     save_config(dict(config), folder / "config.json")
     for file in sorted(source.iterdir()):
-        keep = file.name.startswith(
-            ("tokenizer", "special_tokens", "vocab", "merges", "chat_template")
-        )
-        if keep or file.name == "generation_config.json":
+        if file.is_file() and (file.name.startswith(KEPT) or file.suffix in CODE):
             shutil.copy(file, folder / file.name)
 
 
@@ -227,11 +229,15 @@ def base_weights(model: nn.Module) -> dict[str, mx.array]:
         module, _, last = name.rpartition(".")
         if module in wrapped:
             continue  # the adapter's own
-        outer, _, inner = module.rpartition(".")
-        if outer in wrapped and inner in ("linear", "embedding"):
-            module = outer
-        found[f"{module}.{last}" if module else last] = value
+        place = unwrapped(module, wrapped)
+        found[f"{place}.{last}" if place else last] = value
     return found
+
+
+def unwrapped(module: str, wrapped: Container[str]) -> str:
+    """The name that a module has without an adapter around it; `wrapped` are those with one."""
+    outer, _, inner = module.rpartition(".")
+    return outer if outer in wrapped and inner in ("linear", "embedding") else module
 
 
 @contextlib.contextmanager

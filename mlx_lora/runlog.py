@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -162,6 +163,27 @@ class RunLog:
 def occupied(path: Path) -> bool:
     """Anything but nothing or an empty folder."""
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def refuse_occupied(out: Path) -> None:
+    """RunError where the folder to make would hide or mix with what is there."""
+    if occupied(out):
+        raise RunError(
+            f"--out {out} exists already and is not an empty folder",
+            "Nothing was overwritten. Choose another.",
+        )
+
+
+def refuse_unwritable(out: Path) -> None:
+    """RunError, before any work, for a folder that cannot be made or written to. Makes nothing."""
+    try:
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"--out {out} cannot be written: {error.strerror}", "Choose another folder."
+        ) from error
 
 
 def unused(path: Path) -> Path:

@@ -17,11 +17,12 @@ from mlx_lora import config
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import lora_layers
 from mlx_lora.adapter.inits.gradient import summed_loss
+from mlx_lora.adapter.patterns import ranks_of
 from mlx_lora.adapter.tensors import CONFIG, WEIGHTS
 from mlx_lora.advise import batched, before_training, calibration, cost_under, need_of, solutions
 from mlx_lora.cli import app
 from mlx_lora.data import Text
-from mlx_lora.errors import AdapterError, ConfigError
+from mlx_lora.errors import AdapterError, ConfigError, RunError
 from mlx_lora.optimizers import optimizer_of
 from mlx_lora.prepare import attach, load
 from mlx_lora.rl import grpo
@@ -146,9 +147,16 @@ def test_rows_of_sft_are_read_as_sft_reads_them(tmp_path):
     e = config.from_text(f"model: demo\ndata: {path}\nmask_prompt: true\n")
     texts, named = calibration(load(e), e, solutions(e, 16), 16)
     assert len(texts) == 16 and named == str(path) and all(t.start > 1 for t in texts)
-    path.write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(ConfigError, match="there is one row"):
-        calibration(load(e), e, None, 16)
+    rows[1] = {"prompt": "Say it. " * 200, "completion": "No."}
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows[:3]))
+    few = e.model_copy(update={"max_seq_length": 64})
+    texts, _ = calibration(load(few), few, None, 16)
+    assert len(texts) == 2 and all(t.start < len(t.ids) for t in texts), (
+        "a prompt alone is left out"
+    )
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows[:2]))
+    with pytest.raises(ConfigError, match="one row can be learnt"):
+        calibration(load(few), few, None, 16)
 
 
 def test_problems_without_solutions_have_no_gradient(tmp_path):
@@ -194,6 +202,17 @@ def test_what_cannot_be_told_gets_no_less_than_it_has():
     assert made.ranks["layers.0.q"] == 16
 
 
+@pytest.mark.parametrize("grain", GRAINS)
+def test_nor_where_others_share_its_pattern(grain):
+    names = [f"layers.{i}.{kind}" for i in range(3) for kind in "qkv"]
+    needs = {name: Need(64, 64, 8, 1) for name in names}
+    needs["layers.0.q"] = Need(64, 64, 8, 3, "too_few_texts")
+    made = block(needs, grain, scale=1.0, optimizer="adam", cost=lambda ranks: 0)
+    assert made.ranks["layers.0.q"] == 8
+    assert {r for name, r in made.ranks.items() if name != "layers.0.q"} <= {1, 4}
+    assert ranks_of(made.pattern, names, made.rank) == made.ranks
+
+
 def test_what_was_not_measured_keeps_its_rank():
     needs = {"layers.0.mlp.experts": Need(512, 512, 6, None), "layers.0.q": Need(64, 64, 6, 3)}
     made = block(needs, "module", scale=1.0, optimizer="adam", cost=lambda ranks: 0)
@@ -232,10 +251,28 @@ def test_after_training_the_ranks_are_those_in_use_and_idle_layers_are_named(tmp
     assert full["rule"] == {"name": "energy", "share": 1.0}
 
 
-def test_an_adapter_that_fills_its_rank_cannot_tell(tmp_path):
+@pytest.mark.parametrize("rule", [None, "effective"])
+def test_an_adapter_that_fills_its_rank_cannot_tell(tmp_path, rule):
     trained(tmp_path, {UP: [1.0] * 8})
-    module = advising.advise(str(tmp_path), rule="effective")["modules"][UP]
+    module = advising.advise(str(tmp_path), rule=rule)["modules"][UP]
     assert module["predicted_rank_text"] == "> 8" and module["cannot_tell"]
+    assert module["cannot_tell_why"] == "full" and module["rank"] == 8
+
+
+def test_yaml_of_a_peft_adapter_names_its_layers(tmp_path):
+    trained(tmp_path / "mlx", {UP: [3.0, 3.0, 3.0], Q: [2.0]})
+    _, tensors = files.read(tmp_path / "mlx")
+    (tmp_path / "peft").mkdir()
+    renamed = {
+        f"base_model.model.{n.replace('lora_a', 'lora_A').replace('lora_b', 'lora_B')}.weight": x.T
+        for n, x in tensors.items()
+    }
+    mx.save_safetensors(str(tmp_path / "peft" / "adapter_model.safetensors"), renamed)
+    about = {"peft_type": "LORA", "r": 8, "lora_alpha": 24}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(about))
+    made = advising.advise(str(tmp_path / "peft"))["blocks"]["kind"]["yaml"]
+    keys = config.from_text(made).lora_parameters.keys
+    assert keys == ("mlp.up_proj", "self_attn.q_proj")
 
 
 @pytest.mark.parametrize(
@@ -266,7 +303,32 @@ def test_torn_and_foreign_files_are_errors(tmp_path):
         advising.advise(str(tmp_path))
 
 
+def test_what_only_measures_has_no_rank(monkeypatch):
+    monkeypatch.setattr(advising, "load", lambda e: pytest.fail("a model was loaded"))
+    e = config.from_text("model: demo\ndata: rows.jsonl\ntrain: false\ntest: true\n")
+    with pytest.raises(ConfigError, match="train is false"):
+        before_training(e, batches=2, directions=2)
+
+
+@pytest.mark.parametrize("command", ["advise", "spectrum"])
+def test_a_place_that_cannot_be_written_is_refused_first(tmp_path, command):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "deep"):
+        done = CliRunner().invoke(app, [command, str(tmp_path / "none"), "--out", str(out)])
+        assert isinstance(done.exception, RunError) and f"--out {out}" in str(done.exception)
+    done = CliRunner().invoke(app, [command, str(tmp_path / "none"), "--out", str(tmp_path / "o")])
+    assert done.exit_code and not isinstance(done.exception, RunError)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"], "judged, not made"
+
+
 def test_options_that_mean_nothing_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--rule: of an adapter's spectra, and demo is an"):
+        advising.advise("demo", rule="knee")
+    with pytest.raises(ConfigError, match="--batches, --directions: of an experiment's gradient"):
+        advising.advise(str(tmp_path), batches=16, directions=16)
+    with pytest.raises(ConfigError, match="--rule kne: no rule") as caught:
+        advising.advise(str(tmp_path), rule="kne")
+    assert caught.value.hint == "Did you mean knee?"
     with pytest.raises(ConfigError, match="--by layers: ranks come by kind, layer, module"):
         advising.advise("demo", by="layers")
     with pytest.raises(ConfigError, match="mlx-lora shrink --by kl"):

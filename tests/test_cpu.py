@@ -1,5 +1,6 @@
 """The CPU fast path computes what the plain path computes, forward and backward, and can be off."""
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_lora import cpu, cpu_layers, models
+from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, lora_layers, switched_off
 from mlx_lora.errors import ConfigError
 from tests.tiny import IDS, tiny
@@ -135,6 +137,45 @@ def test_a_changed_scale_takes_effect(monkeypatch):
     one = layer(x) - base
     layer.scale = mx.array(2 * layer.scale)
     assert mx.allclose(layer(x) - base, 2 * one, atol=1e-5)
+
+
+def low_precision(folder) -> None:
+    """A PEFT adapter in bfloat16, as most are, of two kinds of layers."""
+    tensors = {}
+    for at, (name, out) in enumerate((("self_attn.q_proj", 128), ("mlp.up_proj", 192))):
+        for block in (0, 1):
+            module = f"base_model.model.model.layers.{block}.{name}"
+            for part, shape in (("A", (4, 128)), ("B", (out, 4))):
+                key = mx.random.key(4 * at + 2 * block + (part == "B"))
+                value = 0.1 * mx.random.normal(shape, key=key)
+                tensors[f"{module}.lora_{part}.weight"] = value.astype(mx.bfloat16)
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), tensors)
+    about = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+
+
+def test_an_adapter_in_low_precision_runs_on_a_float32_base(monkeypatch, tmp_path):
+    low_precision(tmp_path)
+    found = {}
+    for mode in ("numpy", "plain"):
+        monkeypatch.setattr(cpu, "_mode", mode)
+        model = tiny(bits=4)
+        cpu.accelerate(model)
+        files.load(model, tmp_path)
+        layers = lora_layers(model).values()
+        assert {layer.lora_a.dtype for layer in layers} == {mx.bfloat16}
+        assert any("Numpy" in type(layer).__name__ for layer in layers) == (mode == "numpy")
+        _, grads = nn.value_and_grad(model, loss)(model)
+        with cpu.decoding(model):
+            inside = np.array(model(mx.array(IDS)))
+        flat = {n: np.array(g.astype(mx.float32)) for n, g in tree_flatten(grads)}
+        found[mode] = np.array(model(mx.array(IDS))), inside, flat
+    (logits, inside, grads), (plain, plain_inside, plain_grads) = found["numpy"], found["plain"]
+    np.testing.assert_allclose(logits, plain, atol=1e-5)
+    np.testing.assert_allclose(inside, plain_inside, atol=1e-5)
+    assert grads.keys() == plain_grads.keys() and grads
+    for name, grad in plain_grads.items():
+        np.testing.assert_allclose(grads[name], grad, rtol=2e-2, atol=1e-5, err_msg=name)
 
 
 def test_the_switch_is_checked_and_obeyed(monkeypatch):

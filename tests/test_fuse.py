@@ -1,6 +1,7 @@
 """Fusing: the fused model is the adapter's, and where rounding would eat the update it says so."""
 
 import json
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +17,7 @@ from mlx_lora.adapter.attach import attach, lora_layers
 from mlx_lora.cli import app
 from mlx_lora.errors import AdapterError
 from mlx_lora.progress import console
-from mlx_lora.ship.fuse import Refused, fuse
+from mlx_lora.ship.fuse import Refused, fuse, unpacked
 from mlx_lora.ship.requantize import Survival, fused, own_forms, together, update_of
 from tests.test_ship import adapter
 from tests.tiny import IDS, tiny_loaded
@@ -84,6 +85,33 @@ def test_strength_goes_into_the_weights(loud, tmp_path):
     full = [survival for survival, _ in fused(layers, dict.fromkeys(layers))]
     pairs = zip(found.survivals, full, strict=True)
     assert all(half.size == pytest.approx(whole.size / 2) for half, whole in pairs)
+
+
+def test_a_layer_that_is_called_linear_is_unpacked_too():
+    """As the layer under an adapter is; its name stays."""
+    model = nn.Module()
+    model.mixer = nn.Module()
+    model.mixer.linear, model.q = nn.Linear(64, 64), nn.Linear(64, 64)
+    nn.quantize(model, group_size=64, bits=4)
+    model.q = LoRALinear.from_base(model.q, r=2)
+    weights = models.base_weights(model)
+    found = unpacked(SimpleNamespace(model=model), weights)  # type: ignore[arg-type]
+    assert found.keys() == {"mixer.linear.weight", "q.weight"}
+    assert weights.keys() & {"mixer.linear.scales", "q.scales"} == set()
+
+
+def test_a_model_brings_its_code_and_tables_from_its_own_folder_alone(tmp_path):
+    source, out = tmp_path / "models" / "base", tmp_path / "out"
+    (source / "sub").mkdir(parents=True)
+    out.mkdir()
+    kept = {
+        "modeling_x.py", "tokenization_x.py", "added_tokens.json", "spiece.model",
+        "tokenizer.model", "generation_config.json",
+    }  # fmt: skip
+    for name in (*kept, "README.md", "model-00001.safetensors", "sub/other.py", "../beside.py"):
+        (source / name).write_text("")
+    models.save_model({"w": mx.zeros(1)}, {"model_type": "x"}, source, out)
+    assert {p.name for p in out.rglob("*")} == {"model.safetensors", "config.json", *kept}
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -17,7 +17,7 @@ from mlx_lora.cli import app
 from mlx_lora.errors import AdapterError, ConfigError
 from mlx_lora.progress import console
 from mlx_lora.ship.fuse import Refused, fuse, plan
-from mlx_lora.ship.fuse_plan import WIDTHS, Standard, plan_layer, planned, widths_of
+from mlx_lora.ship.fuse_plan import WIDTHS, Standard, one_width, plan_layer, planned, widths_of
 from mlx_lora.ship.requantize import Form, Survival, fused
 from tests.test_metrics_doc import documented, emitted
 from tests.tiny import IDS, tiny_loaded
@@ -194,6 +194,8 @@ def test_without_bits_or_an_update_there_is_no_plan():
     attach(loaded, init="gaussian")
     with pytest.raises(AdapterError, match="is quantized"):
         planned(loaded, Standard(), QUIET)
+    with pytest.raises(AdapterError, match="is quantized"):
+        one_width(loaded, 4)
     loaded = tiny_loaded(bits=4)
     attach(loaded)
     with pytest.raises(AdapterError, match="changes nothing"):

@@ -175,6 +175,16 @@ def test_a_repair_that_the_check_refuses_is_not_written(spiked, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_a_repair_is_written_whole_or_not_at_all(spiked, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(repairing, "repair_plot", full)
+    with pytest.raises(RunError, match="cannot be written: No space"):
+        repair(spiked, tmp_path / "o")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_repaired_is_said(spiked, tmp_path):
     with pytest.raises(RunError, match="not an empty folder"):
         repair(spiked, spiked)

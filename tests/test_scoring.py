@@ -109,10 +109,11 @@ def test_chunks_equal_the_plain_form_forward_and_backward(name, rows, monkeypatc
         ("llama", "model.embed_tokens"),
         ("granite", None),
         ("gemma2", None),
+        ("gemma4_text", None),
     ],
 )
 def test_a_head_that_is_one_product_is_known_and_scored_by_it(name, head, monkeypatch):
-    """Others scale or cap its logits. 21 tokens in pieces of 4."""
+    """Others scale or cap its logits, and gemma4 has a second table. 21 tokens in pieces of 4."""
     monkeypatch.setattr(cpu_head, "PIECE", 0)
     monkeypatch.setattr(cpu_head, "ROWS", 4)
     model, packed = zoo_model(name), pack(rollouts(zoo.VOCABULARY), np.ones(5))

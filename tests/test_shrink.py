@@ -13,10 +13,11 @@ from mlx_lm.tuner.lora import LoRASwitchLinear
 from mlx_lora import cli, models
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, lora_layers
+from mlx_lora.adapter.tensors import unpadded
 from mlx_lora.errors import AdapterError, ConfigError, RunError, UnknownNameError
 from mlx_lora.ship import shrink as shrinking
 from mlx_lora.ship.ranks import Spent, rules
-from mlx_lora.ship.shrink import cut, decomposed, shrink
+from mlx_lora.ship.shrink import cut, decomposed, shrink, write
 from mlx_lora.spectral.report import LoRAAnalyzer
 from mlx_lora.spectral.spectrum import Pair, pairs
 from tests.test_metrics_doc import documented, emitted
@@ -100,6 +101,20 @@ def test_experts_share_a_rank():
         np.array(layer.lora_b[0]) @ np.array(layer.lora_a[0]),
         atol=1e-5,
     )
+
+
+def test_the_ranks_of_experts_are_written_down(tmp_path):
+    up, q = "model.layers.0.mlp.up", "model.layers.0.self_attn.q"
+    shapes = {up: ((3, 2, 16), (3, 12, 2)), q: ((8, 4), (4, 8))}
+    shrunk = {n: (mx.random.normal(a), mx.random.normal(b)) for n, (a, b) in shapes.items()}
+    about = {"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": 2.0}}
+    write({}, about, shrunk, tmp_path)
+    config, tensors = files.read(tmp_path)
+    assert config["rank_pattern"] == {up: 2} and config["lora_parameters"]["rank"] == 4
+    assert tensors[f"{up}.lora_a"].shape == (3, 4, 16)
+    for name, value in unpadded(config, tensors).items():
+        module, _, factor = name.rpartition(".")
+        assert mx.array_equal(value, shrunk[module][factor == "lora_b"]), name
 
 
 # Rules

@@ -9,6 +9,7 @@ from mlx_lora.adapter.inits.gradient import gradients, summed_loss
 from mlx_lora.adapter.scene import Scene
 from mlx_lora.advise import summed
 from mlx_lora.data import Text
+from mlx_lora.errors import ModelError
 from mlx_lora.spectral.sketch import OVERSAMPLE, agreements, null_of
 from tests.tiny import tiny
 
@@ -105,6 +106,19 @@ def test_batches_of_any_size_add_up_to_the_gradient_of_all_texts():
     for name, whole in gradients(scene, TEXTS, known, "lora_b").items():
         assert np.linalg.norm(parts[name] - whole) <= 1e-5 * np.linalg.norm(whole), name
     assert len(steps) == 3
+
+
+def test_what_has_nothing_to_learn_does_not_count():
+    model = tiny()
+    attach(model, rank=2, scale=1.0, keys=["q_proj"])
+    sites = [site_of(n, m, 2) for n, m in lora_layers(model).items()]
+    scene, known = Scene(model, sites, 0), {s.name: np.eye(s.in_dims)[:, :6] for s in sites}
+    cut_off = [Text((5, 6, 7), 3), Text((5, 6, 7), 40)]
+    found = gradients(scene, [*TEXTS, *cut_off], known, "lora_b")
+    for name, whole in gradients(scene, TEXTS, known, "lora_b").items():
+        assert np.linalg.norm(found[name] - whole) <= 1e-5 * np.linalg.norm(whole), name
+    with pytest.raises(ModelError, match="a token to learn"):
+        gradients(scene, cut_off, known, "lora_b")
 
 
 @pytest.mark.parametrize("wanted", ["lora_b", "lora_a"])

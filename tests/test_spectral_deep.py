@@ -13,6 +13,7 @@ from mlx_lora.errors import AdapterError
 from mlx_lora.spectral import base, deep, remembered
 from mlx_lora.spectral.report import LoRAAnalyzer
 from mlx_lora.spectral.spectrum import Pair
+from tests.tiny import tiny_loaded
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -123,8 +124,19 @@ def test_the_ratio_of_one_layer_by_hand():
     a, b = mx.array(random(8, 2)), mx.array(random(2, 6, seed=1))
     x, wx = mx.array(random(5, 8, seed=2)), mx.array(random(5, 6, seed=3))
     update = np.linalg.norm(3.0 * np.array(x) @ np.array(a) @ np.array(b), axis=1).sum()
-    found = np.array(deep.sizes(a, b, 3.0, x, wx))
+    found = np.array(deep.sizes(a, b, 3.0, 5.0, x, wx + 5.0))
     np.testing.assert_allclose(found, [update, np.linalg.norm(wx, axis=1).sum()], rtol=1e-5)
+
+
+def test_a_bias_is_no_answer_of_the_weight():
+    loaded, name = tiny_loaded("qwen2"), "model.layers.0.self_attn.q_proj"
+    attach(loaded, rank=4, keys=["q_proj"], init="gaussian", init_options={"std": 0.1})
+    layer = lora_layers(loaded.model)[name]
+    found = []
+    for size in (0.0, 50.0):
+        layer.linear.bias = mx.full(layer.linear.bias.shape, size)
+        found.append(deep.on_text(loaded, LoRAAnalyzer(loaded.model, loaded).read())[name])
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and found[0] > 0
 
 
 def test_a_deep_look_needs_a_tokenizer(demo):

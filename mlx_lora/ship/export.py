@@ -11,7 +11,7 @@ from mlx_lora import models
 from mlx_lora.adapter import files
 from mlx_lora.check.gate import Report
 from mlx_lora.errors import AdapterError, ConfigError, RunError, near
-from mlx_lora.runlog import occupied
+from mlx_lora.runlog import refuse_occupied
 from mlx_lora.ship import peft_files, proof
 from mlx_lora.ship.formats import FORMATS, Target
 from mlx_lora.ship.switch import layers_of
@@ -140,14 +140,6 @@ def remarks(to: str, loaded: models.Loaded) -> list[str]:
             "in another way), and outputs there differ as much as these bases do"
         )
     return found
-
-
-def refuse_occupied(out: Path) -> None:
-    if occupied(out):
-        raise RunError(
-            f"--out {out} exists already and is not an empty folder",
-            "Nothing was overwritten. Choose another.",
-        )
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ from mlx_lora.check.sides import Side
 from mlx_lora.errors import AdapterError, ConfigError
 from mlx_lora.models import Loaded, dense_weight
 from mlx_lora.progress import watch
-from mlx_lora.runlog import RunLog, atomically
+from mlx_lora.runlog import RunLog, atomically, refuse_occupied
 from mlx_lora.ship import proof
-from mlx_lora.ship.export import refuse_occupied, whole
+from mlx_lora.ship.export import whole
 from mlx_lora.ship.fuse_plan import Plan, Standard, one_width, planned, quantization_of
 from mlx_lora.ship.plots import LOST, plan_plot, survival_plot
 from mlx_lora.ship.requantize import Forms, Survival, float_of, fused, own_forms, together
@@ -218,9 +218,9 @@ def fused_weights(
 
 def unpacked(loaded: Loaded, weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Dense weights of the packed layers that no adapter touched, taken out of `weights`."""
-    found = {}
+    found, adapted = {}, lora_layers(loaded.model)
     for name, layer in loaded.model.named_modules():
-        place = name.removesuffix(".linear").removesuffix(".embedding")
+        place = models.unwrapped(name, adapted)
         if "scales" not in layer or f"{place}.scales" not in weights:
             continue
         for part in ("scales", "biases"):

@@ -119,12 +119,7 @@ def planned(loaded: Loaded, standard: Standard, console: Console) -> Plan:
 
     AdapterError where nothing is packed, or the adapter changes nothing.
     """
-    layers = lora_layers(loaded.model)
-    if all(form_of(inside(layer)) is None for layer in layers.values()):
-        raise AdapterError(
-            f"no adapted layer of {loaded.name} is quantized: there are no bits to choose",
-            "`mlx-lora fuse` without --plan and --bits writes it as it is.",
-        )
+    layers = packed_layers(loaded)
     found = []
     title = f"trying {len(WIDTHS)} widths in {len(layers)} layers"
     with watch(console, title, len(layers), every=max(1, len(layers) // 4)) as watcher:
@@ -136,6 +131,17 @@ def planned(loaded: Loaded, standard: Standard, console: Console) -> Plan:
     whole = sum(value.nbytes for value in models.base_weights(loaded.model).values())
     adapted = sum(bytes_of(inside(layer)) for layer in layers.values())
     return Plan(standard, found, whole - adapted)
+
+
+def packed_layers(loaded: Loaded) -> dict[str, Any]:
+    """The adapted layers; AdapterError where none of them is packed."""
+    layers = lora_layers(loaded.model)
+    if all(form_of(inside(layer)) is None for layer in layers.values()):
+        raise AdapterError(
+            f"no adapted layer of {loaded.name} is quantized: there are no bits to choose",
+            "`mlx-lora fuse` without --plan and --bits writes it as it is.",
+        )
+    return layers
 
 
 def plan_layer(name: str, layer: Any, standard: Standard) -> LayerPlan:
@@ -163,9 +169,12 @@ def widths_of(inner: Any) -> list[Form | None]:
 
 
 def one_width(loaded: Loaded, bits: int) -> dict[str, Form | None]:
-    """Every packed layer at one width; ConfigError names those that cannot have it."""
+    """Every packed layer at one width; ConfigError names those that cannot have it.
+
+    AdapterError where nothing is packed.
+    """
     found, problems = {}, []
-    for name, layer in lora_layers(loaded.model).items():
+    for name, layer in packed_layers(loaded).items():
         forms = {f.bits: f for f in widths_of(inside(layer)) if f}
         if forms and bits not in forms:
             problems.append(f"{name} can have {', '.join(map(str, sorted(forms)))} bits")

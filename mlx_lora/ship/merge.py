@@ -14,9 +14,9 @@ from mlx_lora import bases
 from mlx_lora.adapter import files
 from mlx_lora.adapter.tensors import labels
 from mlx_lora.errors import AdapterError, ConfigError
-from mlx_lora.runlog import RunLog, atomically
+from mlx_lora.runlog import RunLog, atomically, refuse_occupied
 from mlx_lora.ship.algebra import Thin, decomposed, overlap, product, rebuilt
-from mlx_lora.ship.export import refuse_occupied, whole
+from mlx_lora.ship.export import whole
 from mlx_lora.ship.methods import methods
 from mlx_lora.ship.plots import overlap_plot
 from mlx_lora.ship.trained import Trained, read, sizes_of

@@ -24,9 +24,9 @@ from mlx_lora.check.probes import Probes
 from mlx_lora.check.reading import read_both
 from mlx_lora.check.sides import Side
 from mlx_lora.errors import AdapterError, ConfigError
-from mlx_lora.runlog import RunLog, atomically
+from mlx_lora.runlog import RunLog, atomically, refuse_occupied
 from mlx_lora.ship import proof
-from mlx_lora.ship.export import refuse_occupied
+from mlx_lora.ship.export import whole
 from mlx_lora.ship.plots import repair_plot
 from mlx_lora.ship.shrink import FACTORS, Factors, Version, put, refuse_unfit, write
 from mlx_lora.ship.trained import base_name, load_base, read
@@ -178,12 +178,13 @@ def repair(
     told = on_texts(Side(loaded, off=True), before, after, texts)
     result = replace(result, report=report, texts=told)
     if report.exit_code == 0:
-        write(tensors, config, fixed, out)
         result = replace(result, out=out)
-        proof.write(report, out)
-        RunLog(out).write_json(FILE, result.to_json())
-        with atomically(out / PICTURE) as part:
-            part.write_bytes(repair_plot(result.to_json()))
+        with whole(out) as part:
+            write(tensors, config, fixed, part)
+            proof.write(report, part)
+            RunLog(part).write_json(FILE, result.to_json())
+            with atomically(part / PICTURE) as picture:
+                picture.write_bytes(repair_plot(result.to_json()))
     return result
 
 

@@ -1,7 +1,6 @@
 """An adapter at the rank it uses: exact truncation of every module, judged by the check."""
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +23,10 @@ from mlx_lora.check.probes import Probes
 from mlx_lora.check.reading import read_both
 from mlx_lora.check.sides import Side
 from mlx_lora.data import Text
-from mlx_lora.errors import AdapterError, RunError
+from mlx_lora.errors import AdapterError
 from mlx_lora.models import Loaded
-from mlx_lora.runlog import json_safe
+from mlx_lora.runlog import json_safe, refuse_occupied
+from mlx_lora.ship.export import whole
 from mlx_lora.ship.ranks import Spent, rules
 from mlx_lora.ship.trained import refuse_curved
 from mlx_lora.spectral.gram import NOISE
@@ -131,7 +131,8 @@ def shrink(
     cpu.follow(loaded.model)
     report = judged(before, Side(loaded), texts, None, "same", None, begin, 0, about=base)
     if report.exit_code == 0:
-        write(tensors, config, shrunk, out)
+        with whole(out) as part:
+            write(tensors, config, shrunk, part)
     written = out if report.exit_code == 0 else None
     return summary(
         folder, written, by, options or {}, spent, shrunk, original, ranks, report, weighed=weigh
@@ -145,11 +146,6 @@ def base_of(base: Mapping[str, Any], model: str | None, folder: Path) -> str:
             f"{folder} does not say what its base is", "Name it with --model: the check needs it."
         )
     return str(name)
-
-
-def refuse_occupied(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists already and is not an empty folder", "Choose another --out.")
 
 
 def refuse_unfit(held: Sequence[Pair], folder: Path) -> None:
@@ -209,20 +205,11 @@ def write(
     shrunk: Factors,
     out: Path,
 ) -> None:
-    """The shrunk adapter as a folder, at the largest rank in use; nothing where that fails."""
+    """The shrunk adapter as a folder, at the largest rank in use."""
     rank = max(files.rank_of(a) for a, _ in shrunk.values())
-    found = dict(tensors)
-    for name, (a, b) in shrunk.items():
-        more = rank - files.rank_of(a)
-        if a.ndim == 3:  # experts: [E, R, I] and [E, O, R]
-            a, b = mx.pad(a, [(0, 0), (0, more), (0, 0)]), mx.pad(b, [(0, 0), (0, 0), (0, more)])
-        found[f"{name}.lora_a"], found[f"{name}.lora_b"] = a, b
+    found = {**tensors, **{f"{n}.{f}": ab[i] for n, ab in shrunk.items() for i, f in FACTORS}}
     parameters = {**config["lora_parameters"], "rank": rank}
-    try:
-        files.write({**config, "lora_parameters": parameters}, found, out)
-    except OSError as error:
-        shutil.rmtree(out, ignore_errors=True)
-        raise RunError(f"cannot write the adapter to {out}: {error}") from error
+    files.write({**config, "lora_parameters": parameters}, found, out)
 
 
 def summary(

@@ -35,9 +35,14 @@ class Need:
     lever: float = 1.0  # how much a column of A lets the first step lower the loss, relative
 
     @property
+    def least(self) -> int:
+        """What it has where it may need more, else 1."""
+        return self.rank if self.found is None or self.open else 1
+
+    @property
     def wanted(self) -> int:
         """What was found; where it may need more, no less than it has."""
-        return max(self.found or 0, self.rank if self.found is None or self.open else 1)
+        return max(self.found or 0, self.least)
 
     @property
     def smaller(self) -> int:
@@ -95,7 +100,7 @@ def block(
     ranks = {
         name: need.rank
         if need.found is None
-        else min(power_above(mean(together[keys[name]])), need.smaller)
+        else min(max(power_above(mean(together[keys[name]])), need.least), need.smaller)
         for name, need in needs.items()
     }
     rank, pattern = patterned(ranks, keys)

@@ -158,12 +158,17 @@ def hearing(layers: Mapping[str, Any], pairs: Mapping[str, Pair]) -> Iterator[di
         for name, layer in layers.items():
             kind, pair = type(layer), pairs[name]
             a, b = (mx.array(widened(m).astype(np.float32)) for m in (pair.a_IR, pair.b_RO))
-            layer.__class__ = listener(name, kind, partial(sizes, a, b, abs(pair.scale)), heard)
+            bias_O = layer.get("linear", layer).get("bias", 0)
+            take = partial(sizes, a, b, abs(pair.scale), bias_O)
+            layer.__class__ = listener(name, kind, take, heard)
             undo.callback(setattr, layer, "__class__", kind)
         yield heard
 
 
-def sizes(a_IR: mx.array, b_RO: mx.array, scale: float, x: mx.array, wx: mx.array) -> mx.array:
+def sizes(
+    a_IR: mx.array, b_RO: mx.array, scale: float, bias_O: Any, x: mx.array, y: mx.array
+) -> mx.array:
+    """Σ‖scale·BAx‖ and Σ‖Wx‖ of a layer that makes y = Wx + bias."""
     update = scale * ((x.astype(mx.float32) @ a_IR) @ b_RO)
-    lengths = [mx.linalg.norm(y.astype(mx.float32), axis=-1).sum() for y in (update, wx)]
-    return mx.stack(lengths)
+    wx = y.astype(mx.float32) - bias_O
+    return mx.stack([mx.linalg.norm(z, axis=-1).sum() for z in (update, wx)])

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapter.inits.table import harmless, inits
 from mlx_lora.adapter.linalg import complete
 from mlx_lora.adapter.scene import Scene, factor, generator
-from mlx_lora.data import Text
+from mlx_lora.data import Text, learnable
 from mlx_lora.errors import AdapterError, ModelError
 from mlx_lora.models import logits, pad_right
 from mlx_lora.types import Factors, Start
@@ -82,8 +82,12 @@ def gradients(
     """GΩ [O, K] (`lora_b`, known Ω [I, K]) or GᵀQ [I, K] (`lora_a`, known Q [O, K]) by site.
 
     G is the gradient of the mean loss by the frozen weight [O, I]. The other factor is zero, so
-    the model computes its base throughout. Raises ModelError where a gradient is not finite.
+    the model computes its base throughout. Raises ModelError where a gradient is not finite, or no
+    text has a token to learn.
     """
+    texts = learnable(texts)
+    if not texts:
+        raise ModelError("a gradient needs a text with a token to learn, and there is none")
     sums: dict[str, np.ndarray] = {}
     with probing(scene, known, wanted):
         tokens = sum(len(t.ids) - t.start for t in texts)
