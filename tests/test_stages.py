@@ -233,10 +233,6 @@ def test_what_stages_cannot_do_together_is_refused_at_once(tmp_path):
         ("stages: []\nscale_schedule: kl_budget\ndata: x", "looks at the KL"),
         ("stages: []\nfine_tune_type: full", "fine_tune_type full"),
         ("stages: []\ndata: nowhere", "no file or folder nowhere"),
-        (
-            "stages: []\nlora_parameters: {rank_pattern: {q_proj: 2}}",
-            "lora_parameters.rank_pattern",
-        ),
     ],
 )
 def test_refused_before_any_work(change, part, tmp_path):
