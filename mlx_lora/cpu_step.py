@@ -124,8 +124,7 @@ def step(s: Stacked, x_B1D: mx.array, mask: mx.array | None, layer_cache: Any) -
         kept = room.keys_BGSC[rows, :, : here + 1], room.values_BGSC[rows, :, : here + 1]
         y_BD[rows] = some_rows(s, x_BD[rows], angles.of(rows), mine, kept, rows)
 
-    alone = any(products.beside for products in (s.qkv, s.o, s.gate_up, s.down))
-    spread(part, slices(len(x_BD), len(x_BD) if alone else LEAST))
+    spread(part, slices(len(x_BD), LEAST))
     advance(layer_cache)
     return mx.array(y_BD[:, None, :])
 
