@@ -61,7 +61,7 @@ FITTED = {
     "numpy": Weights(
         held=(0, 3.7, 4.4, 0.5, 3.0),
         outside=18.4,
-        scoring=3.7,
+        scoring=0.9,
         again=(0, 4.9, 5.2, 0, 15.1),
         kept=(6.5, 1.2),
         scoring_again=2.0,
