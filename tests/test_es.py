@@ -241,7 +241,10 @@ RESTLESS = (  # so that every generation has something to learn, and state to lo
 MOMENTUM = ("optimizer=sgd", "optimizer_config={sgd: {momentum: 0.9}}")
 
 
-@pytest.mark.parametrize("more", [(), MOMENTUM], ids=["adam", "momentum"])
+SLOWER = pytest.param(MOMENTUM, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("more", [(), SLOWER], ids=["adam", "momentum"])
 def test_a_killed_run_resumed_equals_an_uninterrupted_one_bitwise(tmp_path, monkeypatch, more):
     whole = run(tmp_path / "whole", *RESTLESS, *more)
     real = es.train
@@ -301,7 +304,8 @@ def test_a_plan_counts_what_a_run_will_ask(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("path", ["auto", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.slow  # of GRPO's loop the same is proven in every run: tests/test_distributed.py
+@pytest.mark.parametrize("path", ["auto", "plain"])
 def test_two_processes_learn_what_one_does(tmp_path, run_cli, monkeypatch, path):
     """Six members, two processes: no gradient is exchanged, and the adapter is the same bits."""
     monkeypatch.setenv("MLX_LORA_CPU", path)
