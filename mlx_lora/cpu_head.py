@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_lora import cpu
 from mlx_lora.cpu_layers import LARGE, SILENT, WEIGHTY, dense, joined, view
+from mlx_lora.cpu_math import token_scores
 from mlx_lora.cpu_threads import slices, spread
 from mlx_lora.models import in_dims, new_cache, split_head, vocabulary_size
 
@@ -107,19 +108,13 @@ def of_piece(
     gradient: bool,
 ) -> tuple[np.ndarray, ...]:
     """Log-probabilities [N], entropies [N] and, if wanted, d logp / d hidden [N, D]."""
-    y_NV, at = x_ND @ weight_VD.T, (np.arange(len(x_ND)), targets_N)
+    logits_NV = x_ND @ weight_VD.T
     if temperature != 1:
-        y_NV /= np.float32(temperature)
-    y_NV -= y_NV.max(axis=-1, keepdims=True)
-    chosen_N, e_NV = y_NV[at], np.exp(y_NV)
-    sum_N = e_NV.sum(axis=-1)
-    logps_N = chosen_N - np.log(sum_N)
-    entropy_N = np.log(sum_N) - np.einsum("nv,nv->n", e_NV, y_NV) / sum_N
+        logits_NV /= np.float32(temperature)
+    found = token_scores(logits_NV, targets_N, gradient=gradient)
     if not gradient:
-        return logps_N, entropy_N
-    e_NV /= -sum_N[:, None]
-    e_NV[at] += 1
-    slopes_ND = e_NV @ weight_VD
+        return found
+    slopes_ND = found[2] @ weight_VD
     if temperature != 1:
         slopes_ND /= np.float32(temperature)
-    return logps_N, entropy_N, slopes_ND
+    return *found[:2], slopes_ND

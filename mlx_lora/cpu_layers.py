@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
+from mlx_lora import cpu_math
 from mlx_lora.cpu_math import lora_back, normed, normed_back, sigmoid
 from mlx_lora.cpu_threads import slices, spread
 from mlx_lora.models import dense_weight, in_dims
@@ -162,17 +163,8 @@ def token_scores(logits_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx
     x_NV, all_N = view(logits_NV), view(targets_N)
 
     @SILENT
-    def part(rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        at = np.arange(rows.stop - rows.start), all_N[rows]
-        y_NV = x_NV[rows] - x_NV[rows].max(axis=-1, keepdims=True)
-        e_NV = np.exp(y_NV)
-        sum_N = e_NV.sum(axis=-1)
-        logps_N = y_NV[at] - np.log(sum_N)
-        entropy_N = np.log(sum_N) - np.einsum("nv,nv->n", e_NV, y_NV) / sum_N
-        del y_NV
-        e_NV /= -sum_N[:, None]
-        e_NV[at] += 1
-        return logps_N, entropy_N, e_NV
+    def part(rows: slice) -> tuple[np.ndarray, ...]:
+        return cpu_math.token_scores(x_NV[rows], all_N[rows], gradient=True)
 
     parts = spread(part, slices(len(x_NV), LARGE // x_NV.shape[1]))
     logps_N, entropy_N, slopes_NV = map(joined, zip(*parts, strict=True))

@@ -119,6 +119,26 @@ def one_more(x: np.ndarray) -> np.ndarray:
     return y
 
 
+def token_scores(
+    logits_NV: np.ndarray, targets_N: np.ndarray, *, gradient: bool
+) -> tuple[np.ndarray, ...]:
+    """Log-probabilities [N] of targets, entropies [N]; with `gradient` d logp / d logits [N, V].
+
+    One exponential serves all three.
+    """
+    y_NV = logits_NV - logits_NV.max(axis=-1, keepdims=True)
+    at, e_NV = (np.arange(len(targets_N)), targets_N), np.exp(y_NV)
+    sum_N = e_NV.sum(axis=-1)
+    logps_N = y_NV[at] - np.log(sum_N)
+    entropy_N = np.log(sum_N) - np.einsum("nv,nv->n", e_NV, y_NV) / sum_N
+    if not gradient:
+        return logps_N, entropy_N
+    del y_NV
+    e_NV /= -sum_N[:, None]
+    e_NV[at] += 1
+    return logps_N, entropy_N, e_NV
+
+
 def lora_back(
     g_NO: np.ndarray,
     x_NI: np.ndarray,
