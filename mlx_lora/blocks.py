@@ -20,6 +20,7 @@ Texts = Annotated[tuple[str, ...], Field(strict=False)]  # not strict: YAML give
 Stops = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 QUANTIZATION = {"affine": (4, 64), "mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
 INSTEAD = {"alpha": "scale", "sigma": "perturb_scale", "epochs": "iters"}  # of two, give one
+MOST_SOFT = 10  # knots of a soft curve: it is made of powers, and those of more leave float32
 
 
 class Block(BaseModel):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlx_lora.blocks import INSTEAD, QUANTIZATION, Grpo, LoraParameters, RolloutOptions
+from mlx_lora.blocks import INSTEAD, MOST_SOFT, QUANTIZATION, Grpo, LoraParameters, RolloutOptions
 from mlx_lora.schema import RL, Experiment, Stage
 from mlx_lora.yamlfile import KeyPath
 
@@ -95,6 +95,9 @@ def spline_conflicts(lora: Mapping[str, Any], kind: Any) -> Iterator[tuple[KeyPa
     low, high = (lora.get(k, d) for k, d in (("k_min", -3.0), ("k_max", 3.0)))
     if isinstance(low, int | float) and isinstance(high, int | float) and low >= high:
         yield ("lora_parameters", "k_min"), f"{low:g} is not below k_max {high:g}"
+    count = lora.get("num_knots")
+    if lora.get("interpolation_method") == "soft" and isinstance(count, int) and count > MOST_SOFT:
+        yield ("lora_parameters", "num_knots"), f"a soft curve has at most {MOST_SOFT}, got {count}"
 
 
 def changed(top: Mapping[str, Any], keys: Sequence[str]) -> list[str]:

@@ -231,7 +231,7 @@ def test_stock_mlx_lm_computes_the_same_from_it(trained, tmp_path):
 def test_a_budget_of_kl_is_kept(trained, tmp_path):
     said = []
     found = shrink(trained, tmp_path / "small", options={"budget": 1e-4}, tell=said.append)
-    assert found["rank_after"] <= 6 and found["kl_mean"] <= 2e-4 and said
+    assert found["rank_after"] <= 7 and found["kl_mean"] <= 1e-4 and said
     assert found["rule"] == {"name": "kl", "budget": 1e-4}
 
 

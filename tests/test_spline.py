@@ -15,7 +15,16 @@ from mlx_lora.adapter import files, spline
 from mlx_lora.adapter.attach import attach, lora_layers, switched_off
 from mlx_lora.adapter.population import Noise, population
 from mlx_lora.adapter.spline import spline_layers
-from mlx_lora.adapter.spline_math import Curve, bent, curve_of, hinges, knots, middle, pulling
+from mlx_lora.adapter.spline_math import (
+    Curve,
+    bent,
+    curve_of,
+    hinges,
+    knots,
+    middle,
+    pulling,
+    single,
+)
 from mlx_lora.adapter.tensors import read
 from mlx_lora.check.metrics import is_finite
 from mlx_lora.config import from_text, notices
@@ -144,6 +153,17 @@ def test_pieces_are_those_of_a_slow_reference(curve, scale):
     nothing = np.zeros((1, 3), np.float32)
     assert not cpu_math.curved(nothing, pieces).any()
     assert not mx.any(bent(mx.zeros(3), *arrays[1:], curve)).item()
+
+
+@pytest.mark.parametrize("count", [2, 5, 10])
+def test_a_soft_curve_is_a_mean_with_bell_shaped_weights(count):
+    curve = Curve(count, -1.0, 2.0, "soft", "clamp")
+    u, d_K = np.linspace(-1, 2, 301), np.random.default_rng(count).normal(size=count)
+    places = np.append(u, 0.0)[:, None]
+    weights = np.exp(-np.square((places - np.linspace(-1, 2, count)) / (3 / (count - 1))))
+    means = (weights @ d_K) / weights.sum(axis=1)
+    found = bent(single(u), single(d_K), mx.array([1.0]), curve)
+    assert np.allclose(found, u + means[:-1] - means[-1], atol=2e-6)
 
 
 @pytest.mark.parametrize("method", ["piecewise", "soft"])
@@ -401,6 +421,10 @@ def test_what_ships_refuses_and_what_switches_takes_it(tmp_path):
         ("lora_parameters: {type: spline, num_knots: 1}", "num_knots: should be greater than"),
         ("lora_parameters: {type: spline, interpolation_method: x}", "'piecewise' or 'soft'"),
         ("lora_parameters: {type: spline, k_max: .inf}", "k_max: should be a finite number"),
+        (
+            "lora_parameters: {type: spline, interpolation_method: soft, num_knots: 11}",
+            "num_knots: a soft curve has at most 10, got 11",
+        ),
         ("fine_tune_type: dora\nlora_parameters: {type: spline}", "dora does not go with"),
     ],
 )

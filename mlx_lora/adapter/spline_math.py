@@ -11,7 +11,7 @@ in. Both are linear in d, and offset is exactly 0 in the piece of z = 0.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_lora.blocks import MOST_SOFT
 from mlx_lora.errors import AdapterError, near
 
 METHODS = ("piecewise", "soft")
@@ -61,6 +62,8 @@ def curve_of(parameters: Mapping[str, Any]) -> Curve:
     whole = isinstance(curve.num_knots, int) and not isinstance(curve.num_knots, bool)
     if not whole or curve.num_knots < 2:
         problems.append(f"num_knots is a whole number, 2 or more, got {curve.num_knots!r}")
+    elif curve.num_knots > MOST_SOFT and curve.interpolation_method == "soft":
+        problems.append(f"num_knots: a soft curve has at most {MOST_SOFT}, got {curve.num_knots}")
     numbers = {n: getattr(curve, n) for n in ("k_min", "k_max", "spline_reg_weight")}
     bad = [n for n, v in numbers.items() if not is_number(v)]
     problems += [f"{n} is a finite number, got {numbers[n]!r}" for n in bad]
@@ -185,13 +188,22 @@ def soft(z: mx.array, d_K: mx.array, input_scale: mx.array, curve: Curve) -> mx.
 
 
 def softened(u: mx.array, d_K: mx.array, curve: Curve) -> mx.array:
+    """S(u). Over uniform knots all weights are powers of one exponential, times what cancels."""
     inside = mx.clip(u, curve.k_min, curve.k_max)
-    pairs = [(d_K[i], mx.exp(-mx.square((inside - k) / curve.step)))
-             for i, k in enumerate(knots(curve).tolist())]  # fmt: skip
-    found = sum(d * w for d, w in pairs) / sum(w for _, w in pairs)
+    t = mx.exp((inside - (curve.k_min + curve.k_max) / 2) * (2 / curve.step))
+    shares = np.exp(-np.square(np.arange(curve.num_knots) - (curve.num_knots - 1) / 2)).tolist()
+    upper, lower = polynomial(t, [d_K[i] * s for i, s in enumerate(shares)]), polynomial(t, shares)
     first, last = (d_K[1] - d_K[0]) / curve.step, (d_K[-1] - d_K[-2]) / curve.step
     below, above = mx.minimum(u - curve.k_min, 0), mx.maximum(u - curve.k_max, 0)
-    return found + first * below + last * above
+    return upper / lower + first * below + last * above
+
+
+def polynomial(t: mx.array, coefficients: Sequence[Any]) -> Any:
+    """c0 + c1 t + c2 t² + ..., by Horner's rule."""
+    found = coefficients[-1]
+    for coefficient in reversed(coefficients[:-1]):
+        found = found * t + coefficient
+    return found
 
 
 @cache
