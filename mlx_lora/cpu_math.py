@@ -10,7 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
-Beside = Callable[[np.ndarray, slice], np.ndarray]  # of what goes in and which rows it is of
+# Adds to the first array what goes with the second, a product's input; and which rows these are.
+Beside = Callable[[np.ndarray, np.ndarray, slice], None]
 
 CACHED = 1 << 15  # numbers of several arrays that a core's cache holds at once
 
@@ -162,14 +163,24 @@ class Hinges:
     edges: np.ndarray  # [P-1] or [P-1, O]
     middle: int  # so many hinges open to the left, the others to the right
 
+    @property
+    def slope(self) -> np.ndarray:
+        """Of the piece in the middle."""
+        return 1 + self.weights[0]
+
     def summed(self, z: np.ndarray) -> np.ndarray:
         """φ(z), and a constant."""
-        y, part = z * (1 + self.weights[0]), np.empty_like(z)
+        y = z * self.slope
+        self.bend(y, z)
+        return y
+
+    def bend(self, y: np.ndarray, z: np.ndarray) -> None:
+        """Add to y what bends: φ(z) - slope · z, and a constant."""
+        part = np.empty_like(z)
         for i, weight in enumerate(self.weights[1:]):
             (np.minimum if i < self.middle else np.maximum)(z, self.edges[i], out=part)
             part *= weight
             y += part
-        return y
 
     @cached_property
     def at_zero(self) -> np.ndarray:
@@ -184,6 +195,13 @@ def curved(z_NO: np.ndarray, hinges: Hinges) -> np.ndarray:
     for some in cut(z_NO):
         np.subtract(hinges.summed(some), hinges.at_zero, out=some)
     return z_NO
+
+
+def bent_into(y_NO: np.ndarray, z_NO: np.ndarray, hinges: Hinges) -> None:
+    """Add φ(z) - slope · z to y: the rest of a product that has the slope in its matrix."""
+    for y, z in zip(cut(y_NO), cut(z_NO), strict=True):
+        hinges.bend(y, z)
+        y -= hinges.at_zero
 
 
 def curved_back(
@@ -211,5 +229,6 @@ def hinge(z: np.ndarray, edge: np.float32, left: bool) -> np.ndarray:
 
 def cut(x_NO: np.ndarray) -> list[np.ndarray]:
     """The array in parts that stay in the cache while several functions pass over them."""
-    parts = min(len(x_NO), x_NO.size // CACHED)
-    return np.array_split(x_NO, parts) if parts > 1 else [x_NO]
+    if x_NO.size < 2 * CACHED:
+        return [x_NO]
+    return np.array_split(x_NO, min(len(x_NO), x_NO.size // CACHED))

@@ -216,7 +216,7 @@ def times(h: Held, x_NI: np.ndarray, p: Product) -> np.ndarray:
         update_NO *= np.float32(p.scale)
         y_NO += update_NO
     if p.more is not None:
-        y_NO += p.more.beside(p.more)(x_NI, h.rows)
+        p.more.beside(p.more)(y_NO, x_NI, h.rows)
     return y_NO
 
 

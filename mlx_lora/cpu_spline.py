@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lora.adapter.spline import SplineLoRALinear, spline_layers
 from mlx_lora.adapter.spline_math import Curve, hinges, knots, middle, single
 from mlx_lora.cpu_layers import FAST_LINEARS, dense, drops, view
-from mlx_lora.cpu_math import Beside, Hinges, curved
+from mlx_lora.cpu_math import Beside, Hinges, bent_into
 
 
 class Bends(NamedTuple):
@@ -51,7 +51,7 @@ def edges_of(layer: Any) -> np.ndarray:
 
 
 def beside(*layers: Any, shift: Beside | None = None) -> Beside:
-    """What spline layers of one input add to their products: scale · φ((x a) b).
+    """What spline layers of one input add to their products with `straightened` matrices.
 
     `shift` is added inside of φ, times the scale. The layers are one product: what is outside of
     their own blocks of B is zero. Everything is in units of the update, scale · z.
@@ -67,19 +67,30 @@ def beside(*layers: Any, shift: Beside | None = None) -> Beside:
     weights_PL = hinges(curve).astype(np.float32) @ np.stack([view(m.spline) for m in layers], 1)
     edges_PL = np.stack([s * edges_of(m) for m, s in zip(layers, scales, strict=True)], axis=1)
     weights_PO, edges_PO = (np.repeat(x, widths, axis=1) for x in (weights_PL, edges_PL))
-    bent = Hinges(weights_PO, edges_PO, middle(curve))
+    bent, bends = Hinges(weights_PO, edges_PO, middle(curve)), bool(weights_PL[1:].any())
 
-    def added(x_NI: np.ndarray, rows: slice) -> np.ndarray:
-        y_NO = (x_NI @ a_IQ) @ b_QO
+    def added(y_NO: np.ndarray, x_NI: np.ndarray, rows: slice) -> None:
+        z_NO = (x_NI @ a_IQ) @ b_QO if bends else None
         if shift:
-            y_NO += shift(x_NI, rows)
-        return curved(y_NO, bent)
+            shift_NO = np.zeros_like(y_NO)
+            shift(shift_NO, x_NI, rows)
+            z_NO = None if z_NO is None else z_NO + shift_NO
+            y_NO += np.multiply(shift_NO, bent.slope, out=shift_NO)
+        if z_NO is not None:
+            bent_into(y_NO, z_NO, bent)
 
     return added
 
 
+def straightened(layer: Any) -> mx.array:
+    """The layer as one matrix [O, I] that has its curve as a line, of the slope around 0."""
+    slope = 1 + hinges(layer.curve)[0] @ view(layer.spline)
+    update_IO = (layer.scale * float(slope)) * (layer.lora_a @ layer.lora_b)
+    return mx.contiguous(dense(layer.linear) + update_IO.T)
+
+
 class DecodingSpline(SplineLoRALinear):
-    """A spline layer of a block that decodes: what it adds stands beside the stacked products."""
+    """A spline layer of a block that decodes: what bends stands beside the stacked products."""
 
     @staticmethod
     def beside(first: Any, *others: Any) -> Beside:
@@ -101,9 +112,10 @@ def standing_beside(model: nn.Module) -> Iterator[None]:
     kinds = [type(m) for m in layers]
     try:
         for layer in layers:
-            layer.__dict__["_merged"] = dense(layer.linear)
+            layer.__dict__["_merged"] = straightened(layer)
             if type(layer) is SplineLoRALinear:
                 layer.__class__ = DecodingSpline
+        mx.eval([layer.__dict__["_merged"] for layer in layers])
         yield
     finally:
         for layer, kind in zip(layers, kinds, strict=True):

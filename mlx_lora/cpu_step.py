@@ -91,13 +91,10 @@ def beside_of(products: Sequence[Product]) -> Beside | None:
         return layers[0].beside(*layers)
     edges = pairwise(accumulate((len(p.weight_OI) for p in products), initial=0))
     some = [(slice(*at), m.beside(m)) for at, m in zip(edges, layers, strict=True) if m is not None]
-    width = sum(len(p.weight_OI) for p in products)
 
-    def one_by_one(x_BI: np.ndarray, rows: slice) -> np.ndarray:
-        y_BO = np.zeros((len(x_BI), width), np.float32)
+    def one_by_one(y_BO: np.ndarray, x_BI: np.ndarray, rows: slice) -> None:
         for where, beside in some:
-            y_BO[:, where] = beside(x_BI, rows)
-        return y_BO
+            beside(y_BO[:, where], x_BI, rows)
 
     return one_by_one
 
@@ -168,7 +165,7 @@ def several(x_BI: np.ndarray, products: Several, rows: slice) -> np.ndarray:
     if products.bias_O is not None:
         y_BO += products.bias_O
     if products.beside is not None:
-        y_BO += products.beside(x_BI, rows)
+        products.beside(y_BO, x_BI, rows)
     return y_BO
 
 

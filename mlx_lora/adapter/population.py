@@ -318,7 +318,7 @@ def beside(*layers: Any) -> Beside:
     crowd, shifts = parts[0].crowd, [view(part.shift_K) for part in parts]
     a_IR, bs_RO = np.hstack([view(m.lora_a) for m in layers]), [view(m.lora_b) for m in layers]
 
-    def through_b(x_NI: np.ndarray, rows: slice) -> np.ndarray:
+    def through_b(y_NO: np.ndarray, x_NI: np.ndarray, rows: slice) -> None:
         pairs = crowd.of(rows)
         z_PNR = pairs.seated(pairs.signed(x_NI @ a_IR))
         y_PNO, r, o = np.empty((*z_PNR.shape[:2], outputs), np.float32), 0, 0
@@ -327,9 +327,9 @@ def beside(*layers: Any) -> Beside:
             z_PNQ, w_PRO = z_PNR[..., r : r + ranks], shift_KRO[pairs.directions]
             np.matmul(z_PNQ, w_PRO, out=y_PNO[..., o : o + width])
             r, o = r + ranks, o + width
-        return pairs.back(y_PNO, len(x_NI))
+        y_NO += pairs.back(y_PNO, len(x_NI))
 
-    def through_a(x_NI: np.ndarray, rows: slice) -> np.ndarray:
+    def through_a(y_NO: np.ndarray, x_NI: np.ndarray, rows: slice) -> None:
         pairs = crowd.of(rows)
         z_PNR = pairs.seated(x_NI) @ shift_KIR[pairs.directions]
         z_NR, r = pairs.signed(pairs.back(z_PNR, len(x_NI))), 0
@@ -337,7 +337,7 @@ def beside(*layers: Any) -> Beside:
         for b_RO in bs_RO:
             found.append(z_NR[:, r : r + len(b_RO)] @ b_RO)
             r += len(b_RO)
-        return np.hstack(found)
+        y_NO += np.hstack(found)
 
     if crowd.factor == "lora_b":
         outputs = sum(shift.shape[2] for shift in shifts)
@@ -351,7 +351,7 @@ def merged_and_beside(layer: Any, x: mx.array, count: int) -> mx.array:
     """The product with W + scale · A B, and every row's own noise beside it."""
     x_NI = rows(view(x))
     y_NO = times(x_NI, view(layer.__dict__["_merged"]).T)
-    y_NO += layer.beside(layer)(x_NI, slice(0, count))
+    layer.beside(layer)(y_NO, x_NI, slice(0, count))
     return mx.array(y_NO.reshape(*x.shape[:-1], -1))
 
 
