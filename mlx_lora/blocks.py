@@ -95,7 +95,8 @@ class LoraParameters(Block):
     spline_reg_weight: NotNegative = 0.01
     """Spline: how strongly curves are pulled to the identity."""
     calibrate: NotNegative = 0.1
-    """Spline: the grid is stretched to hold updates of this share of W x. 0: it is not."""
+    """Spline: the grid is stretched to hold updates of this share of W x, then what comes.
+    0: it is not."""
     lora_plus_ratio: Positive = 1.0
     """Learning rate of lora_b over that of lora_a (LoRA+, arXiv 2402.12354, tries 16)."""
 

@@ -26,6 +26,7 @@ from mlx_lora.adapter.schedules import (
     schedules,
     set_scale,
 )
+from mlx_lora.adapter.spline import keep_up
 from mlx_lora.batches import Row, batches, pack, pack_rows
 from mlx_lora.cpu_head import layer_of
 from mlx_lora.data import Text
@@ -107,7 +108,8 @@ def steps(
             moves = (step + 1) % parts == 0
             looks = moves and (step + 1) // parts % e.monitor.every == 0
             with clock.measure("learn", kind="step"), in_training(model):
-                batch = as_arrays(next(rows), e)
+                read = next(rows)
+                batch = as_arrays(read, e)
                 mx.random.seed(dropout_seed(e.seed, step))
                 loss, grads = learn(*batch)
                 evaluate(grads)
@@ -127,6 +129,8 @@ def steps(
             if valid and ((step + 1) % e.steps_per_eval == 0 or step + 1 == e.iters):
                 with clock.measure("validate"):
                     metrics["valid_loss"] = mean_over(model, valid, e, e.val_batches)[0]
+            texts = (text.ids for row in read for text in row)
+            keep_up(model, texts, e.lora_parameters.calibrate, step + 1)
             report(step, metrics)
             patience.saw(step, metrics)
             before, metrics = metrics, {}

@@ -85,7 +85,7 @@ VARIANTS = {
     "V6": Variant("+ regulariser 0.01", LIGHT, **BAD),
     "V7": Variant("+ standard learning rate", LIGHT, anchored=False),
     "anchored": Variant("+ φ(0) = 0, extrapolating", Curve()),
-    "calibrated": Variant("+ calibrated grid: the default", Curve(), share=0.1),
+    "calibrated": Variant("+ grid that keeps up: the default", Curve(), share=0.1),
 }
 
 
@@ -186,10 +186,14 @@ class Runs:
         )
 
 
-def experiment_of(method: str, rate: float, seed: int, *, tiny: bool) -> config.Experiment:
+def experiment_of(
+    method: str, how: Variant, rate: float, seed: int, *, tiny: bool
+) -> config.Experiment:
     text = (ROOT / "configs/demo.yaml").read_text()
     changes = [f"learning_rate={rate}", f"seed={seed}", f"method={method}"]
     changes += ["iters=2"] if tiny else []
+    if how.curve:  # its numbers are given to `attach`; this says whether grids keep up
+        changes += ["lora_parameters.type=spline", f"lora_parameters.calibrate={how.share}"]
     changes += ["num_layers=-1", "mask_prompt=true"] if method == "sft" else []
     return config.from_text(text, "demo.yaml", changes)
 
@@ -214,7 +218,7 @@ def attached(how: Variant, e: config.Experiment) -> models.Loaded:
 def one(method: str, how: Variant, rate: float, seed: int, *, tiny: bool) -> dict[str, Any]:
     """Attach, train, evaluate."""
     begin = time.perf_counter()
-    e = experiment_of(method, rate, seed, tiny=tiny)
+    e = experiment_of(method, how, rate, seed, tiny=tiny)
     assert e.task is not None
     task = load_task("countdown", e.task.options)
     loaded = attached(how, e)

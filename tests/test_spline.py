@@ -13,6 +13,7 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lora import cpu, cpu_math
 from mlx_lora.adapter import files, spline
 from mlx_lora.adapter.attach import attach, lora_layers, switched_off
+from mlx_lora.adapter.listen import its_input, listening
 from mlx_lora.adapter.population import Noise, population
 from mlx_lora.adapter.spline import spline_layers
 from mlx_lora.adapter.spline_math import (
@@ -456,3 +457,47 @@ def test_a_compiled_gradient_is_the_plain_one():
 
     grad = mx.grad(value)
     assert mx.allclose(mx.compile(grad)(layer.spline), grad(layer.spline), rtol=1e-5)
+
+
+@pytest.mark.parametrize("curve", CURVES[:4], ids=str)
+def test_a_stretched_grid_has_its_knots_on_the_curve_as_it_was(curve):
+    model, _ = attached(curve)
+    layer = next(iter(spline_layers(model).values()))
+    z_K = single(knots(curve) / 25)  # 2.5 times as fine, so inside of what was learned
+    before = layer.bent(z_K)
+    spline.stretch(layer, 25.0)
+    assert layer.spline_scale.item() == 25
+    assert np.allclose(layer.bent(z_K), before, atol=1e-6)
+    spline.stretch(straight(model) and layer, 7.0)
+    assert not mx.any(layer.spline).item()
+
+
+def test_grids_keep_up_with_what_is_learned_after_powers_of_two():
+    model, _ = attached(Curve(), bits=4)
+    start = {n: g.item() for n, g in spline.grids(model).items()}
+    for steps_done, share in ((3, 0.1), (4, 0.0)):
+        spline.keep_up(model, IDS, share, steps_done)
+        assert {n: g.item() for n, g in spline.grids(model).items()} == start
+    spline.keep_up(model, IDS, 0.1, 4)
+    model_inputs = [heard_by(model, ids) for ids in IDS]
+    for name, layer in spline_layers(model).items():
+        updates = [(x[name] @ layer.lora_a) @ layer.lora_b for x in model_inputs]
+        reached = np.quantile(np.abs(np.concatenate([np.array(u).ravel() for u in updates])), 0.99)
+        assert abs(layer.spline_scale.item() * reached / 3 - 1) < 0.05, name
+
+
+def heard_by(model, ids):
+    with listening(spline_layers(model), its_input) as heard:
+        mx.eval(model(mx.array([ids])))
+    return dict(heard)
+
+
+def test_a_snapshot_puts_grids_back():
+    model, _ = attached(Curve())
+    optimizer = optim.Adam(1e-3)
+    before = checkpoints.Snapshot.take(0, model, optimizer)
+    scale = spline.grids(model)
+    spline.keep_up(model, IDS, 0.1, 1)
+    assert any(g.item() != scale[n].item() for n, g in spline.grids(model).items())
+    before.put_back(model, optimizer)
+    assert all(g.item() == scale[n].item() for n, g in spline.grids(model).items())

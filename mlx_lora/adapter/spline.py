@@ -5,10 +5,11 @@ identity, so that the layer is plain LoRA to the bit, in its output and in the f
 and B. No weight matrix equals such a layer: it cannot be fused, nor exported.
 
 Parameters: LoRA's, `spline` [K], how far the curve's values are from its knots, and the frozen
-`spline_scale` [1], which stretches the knots over the range of the data.
+`spline_scale` [1], which stretches the knots over the range of the data, now and then again.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mlx.utils import tree_map_with_path, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_lora.adapter.listen import its_input, listening
-from mlx_lora.adapter.spline_math import Curve, bent, curve_of, pull
+from mlx_lora.adapter.spline_math import Curve, bent, curve_of, knots, pull, single
 from mlx_lora.errors import AdapterError
 
 LEARNED = "spline"
@@ -110,12 +111,12 @@ def undecayed(model: nn.Module) -> dict[str, mx.array]:
     return {name: layer.spline for name, layer in learned(model)}
 
 
-def calibrate(model: nn.Module, texts: Sequence[Sequence[int]], share: float) -> None:
+def calibrate(model: nn.Module, texts: Iterable[Sequence[int]], share: float) -> None:
     """Stretch every grid over the range of its layer's B A x on these texts [ids].
 
     Where B is zero that range is still to come: the grid is made to hold updates of `share` of
-    W x, by the 99 % quantiles of absolute values. The curves stay what they are at the knots, so
-    that identities stay identities.
+    W x, by the 99 % quantiles of absolute values. The new knots lie on the curve as it was, so that
+    identities stay identities.
     """
     layers, left = spline_layers(model), TOKENS
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in layers}
@@ -138,7 +139,30 @@ def calibrate(model: nn.Module, texts: Sequence[Sequence[int]], share: float) ->
         reached = float(np.quantile(updates, QUANTILE))
         reached = reached or share * float(np.quantile(products, QUANTILE)) / scale
         if np.isfinite(reached) and reached > 0:
-            layer.spline_scale = mx.array([layer.curve.reach / reached], mx.float32)
+            stretch(layer, layer.curve.reach / reached)
+
+
+def stretch(layer: Any, input_scale: float) -> None:
+    """Give the layer's grid another input scale; its knots stay on the curve."""
+    z_K = single(knots(layer.curve) / input_scale)
+    layer.spline = input_scale * (layer.bent(z_K) - z_K)
+    layer.spline_scale = mx.array([input_scale], mx.float32)
+
+
+def keep_up(
+    model: nn.Module, texts: Iterable[Sequence[int]], share: float, steps_done: int
+) -> None:
+    """`calibrate` after 1, 2, 4, 8, ... steps, to what they learned from: B A x grows as B does.
+
+    Not where `share` is 0.
+    """
+    if share and steps_done & (steps_done - 1) == 0 and spline_layers(model):
+        calibrate(model, itertools.islice(texts, TOKENS), share)
+
+
+def grids(model: nn.Module) -> dict[str, mx.array]:
+    """The input scale of every grid by the parameter's name: it changes, and nothing learns it."""
+    return {f"{name}.spline_scale": m.spline_scale for name, m in spline_layers(model).items()}
 
 
 def absolute(x: mx.array) -> np.ndarray:

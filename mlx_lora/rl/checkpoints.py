@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapter import files
 from mlx_lora.adapter.schedules import scale_of, set_scale
+from mlx_lora.adapter.spline import grids
 from mlx_lora.errors import RunError
 from mlx_lora.optimizers import copied, overwrite
 
@@ -27,6 +28,7 @@ class Snapshot:
 
     steps_done: int
     weights: Any
+    grids: Mapping[str, mx.array]  # of splines
     optimizer: Any
     scale: float
 
@@ -34,11 +36,12 @@ class Snapshot:
     def take(cls, steps_done: int, model: nn.Module, optimizer: optim.Optimizer) -> "Snapshot":
         optimizer.init(model.trainable_parameters())  # else the first one would lack its moments
         weights, state = copied(model.trainable_parameters()), copied(optimizer.state)
-        return cls(steps_done, weights, state, scale_of(model))
+        return cls(steps_done, weights, grids(model), state, scale_of(model))
 
     def put_back(self, model: nn.Module, optimizer: optim.Optimizer) -> None:
         """Undo whatever was done since, a half-done update too."""
         model.update(self.weights)
+        model.update(tree_unflatten(list(self.grids.items())))
         set_scale(model, self.scale)
         overwrite(optimizer.state, self.optimizer)
 

@@ -9,6 +9,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_lora.adapter.schedules import scale_at, scale_of, schedules, set_scale
+from mlx_lora.adapter.spline import keep_up
 from mlx_lora.data import POOL, draw
 from mlx_lora.models import Loaded
 from mlx_lora.optimizers import Diverged, Metrics, Patience, learning_rate
@@ -64,10 +65,16 @@ def train(
             metrics |= learnt
             if norms:
                 report_norms(step, norms)
+        keep_up(model, read_by(sampled), e.lora_parameters.calibrate, step + 1)
         report(step, metrics, sampled)
         patience.saw(step, metrics)
         before = metrics
         yield step
+
+
+def read_by(groups: Sequence[Group]) -> Iterator[tuple[int, ...]]:
+    """The token ids of every rollout with its prompt."""
+    return (r.prompt_ids + r.ids for g in groups for r in g.rollouts)
 
 
 def sample(
