@@ -137,12 +137,17 @@ def advise(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, an adapter, a check.")],
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a run or adapter, or what another command wrote.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Page, or its folder [RUN].")] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """One HTML page on a run: did it learn, is it harmless, which rank does it use, and why."""
+    """One HTML page on a run: did it learn, is it harmless, which rank does it use, and why.
+
+    Also on what merge, fuse, repair, export, advise and spectrum --compare wrote.
+    """
     from mlx_lora.cli import print_json
     from mlx_lora.report import page
 
@@ -152,6 +157,8 @@ def report(
     if as_json:
         print_json(found.to_json() | {"out": str(path)})
     else:
+        if found.folder.kind != "run":
+            typer.echo(f"{run}: {found.folder.kind}.")
         for answer in found.answers.values():
             typer.echo(f"{answer.sentence}.")
         typer.echo(f"Wrote {path}.")

@@ -1,12 +1,13 @@
 """`training.png`: what a stage did, step by step."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlx_lora.runlog import atomically
+from mlx_lora.runlog import METRICS, atomically
 from mlx_lora.spectral.canvas import HEADLINE, QUIET, STYLE, USED, WARNING, blank, inches, png
 from mlx_lora.spectral.canvas import whole_numbers as whole
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 FILE = "training.png"
 History = Sequence[Mapping[str, float]]
 WINDOW = 5  # steps of the running mean
+CHANCE = 1.96  # standard deviations that noise alone exceeds one time in twenty
+BLOCKS = 1000  # means that a long history is tested by
 WIDTH, LEFT, RIGHT, BOTTOM, GAP = 8.6, 0.75, 0.25, 0.5, 0.42  # inches
 PANELS = {  # metric -> title, height in inches; drawn in this order where it was measured
     "reward": ("reward of the step's rollouts", 1.9),
@@ -34,8 +37,18 @@ LEADING = ("reward", "loss")  # one of them is drawn large
 SIGNED = ("fitness_correlation",)
 
 
-def draw(history: History, path: Path) -> None:
-    """Reward or loss, and what else was measured, over the steps, one under the other."""
+def history_in(folder: Path) -> History:
+    """The numbers of a loop's metrics.jsonl; nothing where no step is logged."""
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [{k: v for k, v in json.loads(line).items() if v is not None} for line in lines]
+
+
+def draw(history: History, path: Path, held_out: str = "") -> None:
+    """Reward or loss, and what else was measured, over the steps, one under the other.
+
+    On top what was `held_out`, which decides, and the trend of the steps only without it.
+    """
     import matplotlib
 
     told = "reward" if any("reward" in h for h in history) else "loss"
@@ -44,14 +57,15 @@ def draw(history: History, path: Path) -> None:
     if told not in names:
         return
     heights = [PANELS[n][1] for n in names]
+    lead = held_out or validated(history)
     total = HEADLINE + GAP * (len(names) - 0.5) + sum(heights) + BOTTOM
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
-        figure = blank(WIDTH, total, headline(history, told))
+        figure = blank(WIDTH, total, lead or headline(history, told))
         top = total - HEADLINE + GAP / 2
         for name, height in zip(names, heights, strict=True):
             top -= GAP + height
             axes = inches(figure, LEFT, top, WIDTH - LEFT - RIGHT, height)
-            panel(axes, history, name)
+            panel(axes, history, name, trend(history, name) if lead and name == told else "")
             if name == names[-1]:
                 axes.set_xlabel("step")
             else:
@@ -60,9 +74,10 @@ def draw(history: History, path: Path) -> None:
             part.write_bytes(png(figure))
 
 
-def panel(axes: "Axes", history: History, name: str) -> None:
-    """One metric over the steps; where it was not measured the line goes through."""
+def panel(axes: "Axes", history: History, name: str, said: str) -> None:
+    """One metric over the steps, with what is said of it; the line goes through gaps."""
     (steps, values), title = column(history, name), PANELS[name][0]
+    title += f"; it {said}" if said else ""
     if name in LEADING:
         low, high = (column(history, f"fitness_{end}")[1] for end in ("min", "max"))
         if name == "reward" and len(low) == len(steps):
@@ -127,18 +142,71 @@ def running_mean(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
 
 
 def headline(history: History, name: str) -> str:
-    """The first quarter of the steps against the last, and whether noise explains the difference.
+    """What a metric did.
 
-    >>> headline([{"loss": 2.0}, {"loss": 2.0}, {"loss": 1.0}, {"loss": 1.0}], "loss")
-    'Loss fell from 2 to 1: first and last quarter of 4 steps'
+    >>> headline([{"loss": 3 - 0.2 * i} for i in range(8)], "loss")
+    'Loss fell from 2.9 to 1.7: first and last quarter of 8 steps'
+    """
+    return f"{name.capitalize()} {trend(history, name)}"
+
+
+def trend(history: History, name: str) -> str:
+    """Whether a metric rose or fell, and from where to where.
+
+    >>> trend([{"loss": 2.0}, {"loss": 2.0}, {"loss": 1.0}, {"loss": 1.0}], "loss")
+    'shows no clear trend: 2 in the first quarter of 4 steps, 1 in the last'
+    >>> trend([{"loss": 2.0}] * 4, "loss")
+    'was 2 in all 4 steps'
     """
     _, values = column(history, name)
+    steps = f"{len(history)} steps" if len(history) != 1 else "1 step"
+    if values.min() == values.max():
+        return f"was {values[0]:.3g} in {'all ' if len(values) > 1 else ''}{steps}"
     quarter = max(1, len(values) // 4)
-    first, last = values[:quarter], values[-quarter:]
-    noise = np.sqrt((first.var() + last.var()) / max(1, quarter - 1))
-    change = last.mean() - first.mean()
-    if abs(change) <= 2 * noise:
-        return f"{name.capitalize()} stayed near {values.mean():.3g} in {len(history)} steps"
-    moved = "rose" if change > 0 else "fell"
-    ends = f"from {first.mean():.3g} to {last.mean():.3g}"
-    return f"{name.capitalize()} {moved} {ends}: first and last quarter of {len(history)} steps"
+    first, last = values[:quarter].mean(), values[-quarter:].mean()
+    way = rising(values)
+    if not way or way * (last - first) <= 0:
+        return (
+            f"shows no clear trend: {first:.3g} in the first quarter of {steps}, {last:.3g} in the "
+            "last"
+        )
+    moved = "rose" if way > 0 else "fell"
+    return f"{moved} from {first:.3g} to {last:.3g}: first and last quarter of {steps}"
+
+
+def rising(values: np.ndarray) -> int:
+    """1 where values rise, -1 where they fall, 0 where steps in any order could look so.
+
+    By how many pairs of steps are in order (Mann 1945, Kendall 1975), with its correction for ties:
+    it takes the noise of the steps to be independent and asks nothing else of them. Fewer than five
+    steps are never a trend.
+
+    >>> rising(np.array([1.0, 2.0, 3.0, 4.0])), rising(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
+    (0, 1)
+    """
+    if len(values) > BLOCKS:
+        values = np.array([block.mean() for block in np.array_split(values, BLOCKS)])
+    n = len(values)
+    score = int(np.sign(values[None, :] - values[:, None])[np.triu_indices(n, 1)].sum())
+    _, ties = np.unique(values, return_counts=True)
+    variance = (n * (n - 1) * (2 * n + 5) - (ties * (ties - 1) * (2 * ties + 5)).sum()) / 18
+    if abs(score) - 1 <= CHANCE * np.sqrt(variance):
+        return 0
+    return 1 if score > 0 else -1
+
+
+def validated(history: History) -> str:
+    """The held-out loss before the first step and at the last validation; empty without both."""
+    before, after = (column(history, key)[1] for key in ("valid_loss_before", "valid_loss"))
+    return loss_moved("Held-out loss", before[0], after[-1]) if len(before) and len(after) else ""
+
+
+def loss_moved(what: str, before: float, after: float) -> str:
+    """
+    >>> loss_moved("Held-out loss", 3.0, 2.0), loss_moved("Test loss", 3.0, 2.9999)
+    ('Held-out loss fell: 3 to 2 nats per token', 'Test loss stayed at 3 nats per token')
+    """
+    first, last = (f"{value:.3g}" for value in (before, after))
+    if first == last:
+        return f"{what} stayed at {last} nats per token"
+    return f"{what} {'fell' if after < before else 'rose'}: {first} to {last} nats per token"

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mlx_lora.adapter.attach import remember_start
 from mlx_lora.config import Experiment, Stage, check_names, resolved
 from mlx_lora.config import load as load_config
 from mlx_lora.conflicts import notices
+from mlx_lora.contest import Remembered
 from mlx_lora.errors import ConfigError, RunError
 from mlx_lora.models import Loaded
 from mlx_lora.prepare import CheckFailed, Prepared, prepare
@@ -27,6 +28,7 @@ from mlx_lora.rl.prompts import refuse_unfit
 from mlx_lora.runlog import STATUS, Clock, RunLog, environment, plot
 from mlx_lora.sources import Sources, sources_of
 from mlx_lora.spectral.report import LoRAAnalyzer, write
+from mlx_lora.stages import Exam
 from mlx_lora.tasks import load_task
 from mlx_lora.testset import adapter_of, measured_alone
 from mlx_lora.tracking import refuse_missing
@@ -34,7 +36,6 @@ from mlx_lora.types import Sample, Task
 
 __all__ = ["CheckFailed", "run"]
 HELD_OUT = "held_out.json"
-Evaluate = Callable[[], dict[str, Any]]
 
 
 def run(
@@ -277,15 +278,20 @@ def learn(
 
     before = look("before")
     if experiment.stages:
-        results, after = stages.in_turn(experiment, prepared, tasks, look, log, clock, console)
+        results, after = stages.in_turn(
+            experiment, prepared, tasks, look, before, log, clock, console
+        )
         more: dict[str, Any] = {"stages": results}
     else:
         (e,) = experiment.loops
         if e.is_rl and e.resume_adapter_file:
             remember_start(model)
-        more = stages.train(e, prepared, tasks[0], log, clock, console, stages.copies(e, log))
+        more = stages.train(
+            e, prepared, tasks[0], log, clock, console, stages.copies(e, log), measure
+        )
         results = [more]
         after = look("after", keep=False)
+        stages.picture(log.folder, before, after, clock)
         more = {k: v for k, v in more.items() if k not in ("steps", "alerts")}
     with clock.measure("spectrum"):
         analyzer = LoRAAnalyzer(model, model, run=log.folder)
@@ -301,20 +307,18 @@ def learn(
     }
 
 
-def evaluation(
-    loaded: Loaded, experiment: Experiment, tasks: Sequence[Task | None]
-) -> Evaluate | None:
+def evaluation(loaded: Loaded, experiment: Experiment, tasks: Sequence[Task | None]) -> Exam | None:
     """What measures accuracy on the last task named; None where there is no task."""
     pairs = [(e, task) for e, task in zip(experiment.loops, tasks, strict=True) if task]
     if not pairs:
         return None
     e, task = pairs[-1]
-    return examination(loaded, task, e)
+    return Remembered(examination(loaded, task, e), loaded.model)
 
 
 def measured(
     when: str,
-    measure: Evaluate | None,
+    measure: Exam | None,
     log: RunLog,
     clock: Clock,
     console: Console,

@@ -1,7 +1,7 @@
 """Stages: each from the adapter as it stands to the adapter it leaves behind, with checkpoints."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mlx_lora.optimizers import optimizer_of
 from mlx_lora.prepare import CHECK, Prepared, check_again
 from mlx_lora.progress import watch
 from mlx_lora.recorder import Recorder
+from mlx_lora.report.answers import Share, gained
 from mlx_lora.rl import checkpoints, es, grpo
 from mlx_lora.rl.checkpoints import Snapshot
 from mlx_lora.rl.evaluate import examination
@@ -36,6 +37,7 @@ from mlx_lora.types import Task
 
 CHECKPOINTS = "checkpoints"
 ADAPTERS, SUMMARY = "adapters", "summary.json"
+Exam = Callable[[], dict[str, Any]]
 ACCURACY = ("accuracy", "accuracy_low", "accuracy_high", "accuracy_sampled")
 
 
@@ -44,17 +46,19 @@ def in_turn(
     prepared: Prepared,
     tasks: Sequence[Task | None],
     look: Callable[[str], dict[str, Any]],
+    before: dict[str, Any],
     log: RunLog,
     clock: Clock,
     console: Console,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Every stage in a folder of its own, each from the adapter of the one before.
 
-    `look` evaluates under a name. Returns what the summary says of each, and the last evaluation.
+    `look` evaluates under a name, as was done `before`. Returns what the summary says of each, and
+    the last evaluation.
     """
     results: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
-    accuracy: dict[str, Any] = {}
+    accuracy = before
     for index, (e, task) in enumerate(zip(experiment.loops, tasks, strict=True)):
         name = f"{index + 1}_{e.method}"
         place = stage_log(log.folder / "stages" / name)
@@ -67,7 +71,8 @@ def in_turn(
             trained = index > 0 or e.resume_adapter_file is not None
             folders = [place.folder / ADAPTERS, *copies(e, log)]
             found = run(e, prepared, task, place, clock, console, folders, trained=trained)
-        accuracy = look(f"after_{name}")
+        earlier, accuracy = accuracy, look(f"after_{name}")
+        picture(log.folder / "stages" / name, earlier, accuracy, clock)
         about = {k: accuracy[k] for k in ACCURACY if k in accuracy}
         results.append({"name": name, "method": e.method, **found, **about})
     return results, accuracy
@@ -142,10 +147,12 @@ def train(
     clock: Clock,
     console: Console,
     folders: Sequence[Path],
+    measure: Exam | None = None,
 ) -> dict[str, Any]:
     """Train from the newest checkpoint in the log's folder, else from the adapter as it is.
 
     The adapter is saved in `folders` whatever happens. Returns what the summary says of the stage.
+    `measure` is the evaluation of the run, where it is the stage's too.
     """
     loaded, model = prepared.loaded, prepared.loaded.model
     optimizer, recorder = optimizer_of(e), Recorder(e, log, clock)
@@ -173,7 +180,7 @@ def train(
     start, memory = together(start, model, optimizer, recorder), distributed.agreed(memory)
     contest = Contest(
         e,
-        exam(e, prepared, task),
+        exam(e, prepared, task, measure),
         lambda: files.save(model, prepared.config, log.folder / ADAPTERS / BEST),
         log,
         clock,
@@ -196,8 +203,6 @@ def train(
             for folder in folders:
                 files.save(model, prepared.config, folder)
     distributed.refuse_difference("the trained adapter", model.trainable_parameters())
-    with clock.measure("plot"):
-        curves.draw(recorder.history, log.folder / curves.FILE)
     for name in ("valid_loss_before", "valid_loss"):
         measured = [h[name] for h in recorder.history if name in h]
         found |= {name: measured[-1]} if measured else {}
@@ -207,6 +212,17 @@ def train(
     if done < e.iters:
         console.print(f"Stopped after {done} steps: no better one in {e.eval.patience} evaluations")
     return {"steps": done, "alerts": sorted(recorder.seen), **found, **contest.summary()}
+
+
+def picture(
+    folder: Path, before: Mapping[str, Any], after: Mapping[str, Any], clock: Clock
+) -> None:
+    """`training.png` of the loop in a folder, with the evaluations around it on top."""
+    first, last = Share.of(before), Share.of(after)
+    found = gained(first, last) if first and last else None
+    with clock.measure("plot"):
+        held_out = f"{found.sentence}. {found.detail}" if found else ""
+        curves.draw(curves.history_in(folder), folder / curves.FILE, held_out)
 
 
 def tested(loaded: Loaded, texts: Sequence[Text], e: Stage) -> dict[str, Any]:
@@ -228,12 +244,15 @@ def together(start: int, model: nn.Module, optimizer: optim.Optimizer, recorder:
     return start
 
 
-def exam(e: Stage, prepared: Prepared, task: Task | None) -> Callable[[], dict[str, Any]] | None:
+def exam(e: Stage, prepared: Prepared, task: Task | None, measure: Exam | None) -> Exam | None:
     """What measures the model while it trains; None where it is not asked for."""
     if task is None or not e.eval.every:
         return None
+    some = e.es.test_samples if e.method == "es" else e.eval.n
+    if measure and some == e.eval.n:
+        return measure
     if e.method == "es":
-        e = e.model_copy(update={"eval": e.eval.model_copy(update={"n": e.es.test_samples})})
+        e = e.model_copy(update={"eval": e.eval.model_copy(update={"n": some})})
     return examination(prepared.loaded, task, e)
 
 

@@ -40,6 +40,39 @@ SAMPLE = {
 ALERT = {"step": 1, "name": "kl_runaway", "module": "", "message": "kl is 3", "action": "stop"}
 LOOK = {"step": 1, "kappa_A": dict.fromkeys(LAYERS, 2.0), "kappa_B": dict.fromkeys(LAYERS, 3.0)}
 LOOK |= {k: dict.fromkeys(LAYERS, 0.5) for k in ("rank_utilization", "frobenius_BA")}
+PAIR = {"a": "one", "b": "two", "cosine": 0.25, "overlap_inputs": 0.5, "overlap_outputs": 0.125}
+SHIPPED = {  # what merge, fuse, fuse --plan and repair leave beside their products
+    "merge.json": {"method": "ties", "adapters": ["one", "two"], "weights": [0.5, 1.5],
+                   "modules": 4, "rank": 6, "kept": 0.875, "pairs": [PAIR],
+                   "notices": ["stranger"]},
+    "fuse.json": {"adapter": "runs/a", "base": "demo", "dequantized": False, "bits": None,
+                  "kept": 0.955, "noise": 0.5625, "kl_adapter": 0.0625, "notices": [],
+                  "reasons": ["half of it is lost"],
+                  "layers": [{"module": n, "kept": 0.7 + 0.1 * i} for i, n in enumerate(LAYERS)]},
+    "fuse_plan.json": {"adapter": "runs/a", "base": "demo", "keep": 0.95, "noise_limit": 0.5,
+                       "planned": {"kept": 0.99, "noise": 0.3, "bytes": 2_500_000},
+                       "uniform": [{"bits": 4, "kept": 0.75, "noise": 2.5, "bytes": 1_500_000}],
+                       "layers": [{"module": n, "bits": 5} for n in LAYERS]},
+    "repair.json": {"adapter": "runs/a", "intruders_before": 5, "intruders_after": 1,
+                    "looked_at": 35, "lambda": 0.75, "perplexity_base": 2.5,
+                    "perplexity_before": 3.5, "perplexity_after": 2.75, "kl_base_before": 0.5,
+                    "kl_base_after": 0.375, "notices": [],
+                    "modules": [{"module": LAYERS[0], "before": 5, "after": 1, "moved": 0.175}]},
+}  # fmt: skip
+BLOCK = {"rank": 2, "scale": 3.5, "parameters": 300, "yaml": "lora_parameters: {rank: 2}"}
+BESIDE = {  # what a stage, method es, advise and spectrum --compare leave
+    "rejection_sampling.json": {"problems": 256, "sampled": 2000, "correct": 940, "distinct": 321,
+                                "kept": 297},
+    "weights.json": {"cut": 6, "outlying": [LAYERS[1]], "matrices": {
+        n: {"rms_robust": 0.06, "peak": 4.5 + 80 * (i == 1)} for i, n in enumerate(LAYERS)}},
+    "advice.json": {"kind": "after_training", "finding": "The adapter uses half of it",
+                    "rank_now": 8, "predicted_rank_text": "3", "parameters_now": 400,
+                    "idle_modules": [LAYERS[3]], "blocks": {"kind": BLOCK},
+                    "modules": {n: {"predicted_rank": i} for i, n in enumerate(LAYERS)}},
+    "compare.json": {"adapters": [{"name": "one", "rank": 8}, {"name": "two", "rank": 4}],
+                     "pairs": [{**PAIR, "chance_inputs": 0.0625}], "only": [{"module": "x"}],
+                     "notices": ["trained on other weights"]},
+}  # fmt: skip
 CONFIG = "model: demo\nmethod: grpo\nlora_parameters: {rank: 4, scale: 2.0}\n"
 
 
@@ -62,6 +95,7 @@ def documents(folder: Path) -> dict:
     spectrum = to_json(LoRAAnalyzer(adapter(folder / "adapters")).analyze())
     dominances = {name: 0.1 * i for i, name in enumerate(LAYERS)}
     spectrum["structural"]["scaled_per_layer_dominance"] = dominances
+    spectrum["structural"]["scaled_max_dominance"] = max(dominances.values())
     action = "lower the scale"
     spectrum["alerts"] = [
         {"name": "loud", "module": n, "message": "m", "action": action} for n in LAYERS
@@ -81,6 +115,8 @@ def documents(folder: Path) -> dict:
         "alerts.jsonl": [ALERT],
         "evals.jsonl": [{"step": 5, "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6}],
         "spectra.jsonl": [LOOK, {**LOOK, "step": 9}],
+        **SHIPPED,
+        **BESIDE,
     }
 
 

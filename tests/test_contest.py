@@ -3,11 +3,13 @@
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from mlx_lm.tuner.lora import LoRALinear
 
-from mlx_lora import config, experiment, stages
+from mlx_lora import config, experiment
 from mlx_lora.adapter import files
-from mlx_lora.contest import Contest
+from mlx_lora.contest import Contest, Remembered
 from mlx_lora.errors import ConfigError
 from mlx_lora.progress import console
 from mlx_lora.rl import evaluate as evaluating
@@ -75,23 +77,36 @@ def run(folder, text, **options):
 
 
 def test_a_run_that_does_not_improve_stops_with_its_best_adapter_kept(tmp_path, monkeypatch):
-    accuracies = iter([0.1, 0.5, 0.3, 0.2])
+    """What it was measured at last is what it is measured at in the end: five times in all."""
+    accuracies = iter([0.2, 0.1, 0.5, 0.3, 0.2])
     real = evaluating.evaluate
 
     def told(*args, **options):
         return real(*args, **options) | {"accuracy": next(accuracies)}
 
     monkeypatch.setattr(
-        stages, "examination", lambda loaded, task, e: lambda: told(loaded, task, n=e.eval.n)
+        experiment, "examination", lambda loaded, task, e: lambda: told(loaded, task, n=e.eval.n)
     )
     summary = run(tmp_path / "run", YAML)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4 and summary["best"]["step"] == 1
+    assert summary["accuracy_after"] == 0.2 and next(accuracies, None) is None
     best = files.read(tmp_path / "run" / "adapters" / "best")[1]
     last = files.read(tmp_path / "run" / "adapters")[1]
     second = files.read(tmp_path / "run" / "checkpoints" / "0000002")[1]
     assert all(mx.array_equal(best[k], second[k]) for k in best)
     assert any(not mx.array_equal(best[k], last[k]) for k in best)
+
+
+def test_an_adapter_is_measured_again_once_its_factors_or_its_scale_are_others():
+    layer = LoRALinear.from_base(nn.Linear(4, 4), r=2)
+    model, calls = nn.Sequential(layer), iter(range(9))
+    measure = Remembered(lambda: {"n": next(calls)}, model)
+    assert [measure()["n"], measure()["n"]] == [0, 0]
+    layer.scale *= 0.5
+    assert [measure()["n"], measure()["n"]] == [1, 1]
+    layer.lora_b += 1e-3
+    assert measure()["n"] == 2
 
 
 def test_sft_keeps_the_adapter_of_the_lowest_validation_loss(tmp_path):

@@ -55,8 +55,8 @@ def test_a_whole_run_has_every_part_and_its_answers(run):
     assert list(found.parts) == list(page.PARTS)
     verdicts = {name: answer.verdict for name, answer in found.answers.items()}
     assert verdicts == {
-        "finished": "finished", "learned": "yes", "harmless": "pass", "rank": "trained",
-        "alerts": "some",
+        "finished": "finished", "learned": "yes", "harmless": "pass", "moved": "moved",
+        "rank": "trained", "alerts": "some",
     }  # fmt: skip
     text = " ".join(Seen(page.render(found)).text)
     for words in (
@@ -128,7 +128,9 @@ def test_supervised_and_unmeasured_runs_say_what_they_know(run, tmp_path):
 def test_a_check_that_failed_in_training_is_not_harmless(run, tmp_path):
     alert = {"step": 3, "name": "unhealthy", "message": "perplexity", "action": "stop"}
     folder = changed(run, tmp_path / "r", **{"alerts.jsonl": alert})
-    assert page.of(folder).answers["harmless"].tone == "bad"
+    found = page.of(folder).answers
+    assert (found["moved"].verdict, found["moved"].tone) == ("fail", "bad")
+    assert found["harmless"].sentence == "Before training: pass", "which it was"
 
 
 def test_what_is_not_there_is_named_and_nothing_is_made_up(run, tmp_path):
@@ -177,7 +179,7 @@ def test_a_check_alone_is_a_page(run, tmp_path):
     shutil.copy(run / "check.json", tmp_path)
     found = page.of(tmp_path)
     assert found.folder.kind == "check" and list(found.parts) == ["check"]
-    assert found.answers["harmless"].sentence == "The check says: pass"
+    assert found.answers["check"].sentence == "The check says: pass"
 
 
 def test_stages_have_their_curves_under_their_names(run, tmp_path):

@@ -10,6 +10,7 @@ from mlx_lora.report import page
 from mlx_lora.report.answers import Answer
 from mlx_lora.report.measured import shares
 
+AFTER = ("accuracy_after", "accuracy_after_low", "accuracy_after_high")
 GUARDED = CONFIG + "save_every: 100\nmonitor: {check_every: %d}\n"
 
 
@@ -126,21 +127,48 @@ def test_steps_are_counted_where_they_are_logged(tmp_path):
     assert answers(bare)["finished"].detail.endswith("7 steps were logged")
 
 
-@pytest.mark.parametrize(("every", "seen"), [(12, True), (13, False), (0, False)])
-def test_no_failure_is_told_only_where_training_came_to_a_look(run, tmp_path, every, seen):
-    """12 steps were logged."""
+@pytest.mark.parametrize(("every", "last"), [(12, 12), (5, 10), (13, 0), (0, 0)])
+def test_it_is_said_when_the_check_looked_last(run, tmp_path, every, last):
+    """12 steps were logged. What a start was proven to be does not turn on it."""
     folder = changed(run, tmp_path / "r")
     (folder / "config.yaml").write_text(GUARDED % every)
-    found = answers(folder)["harmless"]
-    assert ("no failure told" in found.detail) == seen and found.detail.startswith("Logits are")
-    assert ("was not looked at while training, mlx-lora check" in found.detail) != seen
-    assert found.tone == ("good" if seen else "plain")
+    found = answers(folder)
+    told = f"last after {last} of 12 steps: no failure" if last else "did not look in 12 steps"
+    assert told in found["moved"].detail and found["moved"].tone == "plain"
+    assert found["harmless"].tone == "good" and "look" not in found["harmless"].detail
 
 
 def test_a_checkpoint_is_a_look_too(run, tmp_path):
     folder = changed(run, tmp_path / "r")
     (folder / "config.yaml").write_text((GUARDED % 50).replace("100", "10"))
-    assert "no failure told" in answers(folder)["harmless"].detail
+    assert "last after 10 of 12 steps" in answers(folder)["moved"].detail
+
+
+def test_how_far_it_moved_is_never_green_and_its_best_measure_comes_first(run, tmp_path):
+    found = answers(run)["moved"]
+    assert (found.verdict, found.tone) == ("moved", "plain")
+    assert found.sentence == "KL to the base: 0.1 nats a token"
+    assert "KL to where it began: 0.11 nats a token" in found.detail
+    summary = {**SUMMARY, "kl_to_base_after": None}
+    found = answers(changed(run, tmp_path / "a", **{"summary.json": summary}))["moved"]
+    assert found.sentence == "KL to where it began: 0.11 nats a token"
+    assert found.detail.startswith("In the rollouts of step 11. Largest singular value of an upd")
+    bare = save(tmp_path / "b", {"metrics.jsonl": [{"step": 0, "loss": 1.0}]})
+    assert answers(bare)["moved"].sentence == "Not measured"
+
+
+def test_alerts_on_the_adapter_stand_beside_what_it_gained(run, tmp_path):
+    gained = "All the same held-out accuracy rose, by 19.6 to 31.7 points"
+    quiet = changed(run, tmp_path / "a", **{"alerts.jsonl": None})
+    found = page.of(quiet)
+    assert found.answers["alerts"].detail == f"loud in 4 modules. {gained}"
+    assert f"{gained}. Whether the model forgot" in found.parts["alerts"][1]
+    pasted = f"mlx-lora check demo --adapter {quiet / 'adapters'}"
+    assert pasted in found.parts["alerts"][1] and pasted in found.answers["moved"].detail
+    assert gained not in page.of(run).parts["alerts"][1], "the run itself had one"
+    same = {**SUMMARY, **{k: SUMMARY[k.replace("after", "before")] for k in AFTER}}
+    files = {"alerts.jsonl": None, "summary.json": same}
+    assert "All the same" not in page.of(changed(run, tmp_path / "b", **files)).parts["alerts"][1]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from shlex import quote
 
 from mlx_lora.report.folder import CONFIG, Folder, Row, mapping, records, word
 from mlx_lora.report.markup import Html, joined, number, percent, shown, table, tag
@@ -26,15 +27,29 @@ OF_A_STAGE = ("method", "iters", "batch_size", "learning_rate", "optimizer")
 BAR = 120  # units of a bar's picture
 
 
-def alerts(run: Folder, report: LoRAReport | None) -> Html | Missing:
-    """What was noticed: on the run with its step, on the adapter by kind, each with what to do."""
+def alerts(run: Folder, report: LoRAReport | None, nevertheless: str) -> Html | Missing:
+    """What was noticed: on the run with its step, on the adapter by kind, each with what to do.
+
+    `nevertheless` is what speaks for the adapter, said where alerts are on it alone.
+    """
     parts = [box(f"step {shown(row.get('step'))}", row, name) for name, row in raised(run)]
+    beside = "" if parts else nevertheless
     parts += [on_adapter(name, some) for name, some in by_name(report).items()]
     if parts:
-        return joined(parts)
+        limits = f"Whether the model forgot anything else, that does not say: {command(run)}"
+        return joined(tag("p", f"{beside}. {limits}") if beside else None, parts)
     if watched_at_all(run, report):
         return tag("p", "None: nothing that is watched went beyond its threshold.")
     return Missing("nothing was watched")
+
+
+def command(run: Folder) -> str:
+    """The check of a trained adapter, to paste where the folder says what it is on."""
+    model, path = word(run.config.get("model")), run.path.resolve()
+    adapter = path / "adapters" if run.kind == "run" else path
+    known = model and (adapter / "adapter_config.json").is_file()
+    given = (quote(model), quote(str(adapter))) if known else ("MODEL", "DIR")
+    return f"mlx-lora check {given[0]} --adapter {given[1]}"
 
 
 def watched_at_all(run: Folder, report: LoRAReport | None) -> bool:

@@ -1,19 +1,18 @@
-"""What a person asks first: is it finished, did it learn, is it harmless, which rank is in use."""
+"""What a person asks first: is it finished, did it learn, which rank is in use, what stood out."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_lora import curves
 from mlx_lora.report.about import by_name, raised, watched_at_all
-from mlx_lora.report.folder import AFTER_STAGE, Folder, Row, mapping, records, word
+from mlx_lora.report.folder import AFTER_STAGE, Folder, mapping, records, word
 from mlx_lora.report.markup import number, percent, shown
 from mlx_lora.spectral.metrics import LOW_UTILIZATION, LoRAReport
 from mlx_lora.spectral.show import rank_to_take
 from mlx_lora.spectral.structure import finding
 
 TONES = {"pass": "good", "warn": "warn", "fail": "bad"}  # from the best verdict to the worst
-TELLS = "mlx-lora check MODEL --adapter DIR tells"
 
 
 @dataclass(frozen=True)
@@ -95,20 +94,26 @@ def learned(run: Folder) -> Answer:
         return tested(run)
     before, after, when = accuracies(run)
     if before and after:
-        gain = difference(before, after)
-        points = f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f} points"
-        said = (
-            f"accuracy on held-out problems from {percent(before.value)} to {percent(after.value)}"
-            f" {when}"
-        ).rstrip()
-        if gain.low > 0:
-            return Answer("yes", "good", f"It learned: {said}", f"Gain {points}, 95 % interval")
-        if gain.high < 0:
-            return Answer("worse", "bad", f"It got worse: {said}", f"{points}, 95 % interval")
-        why = f"The change is {points}, 95 % interval: it may be nothing"
-        why = ". ".join(filter(None, [why, mean_rewards(run)]))
-        return Answer("unclear", "warn", f"Not shown to have learned: {said}", why)
+        found = gained(before, after, when)
+        more = mean_rewards(run) if found.verdict == "unclear" else ""
+        return replace(found, detail=". ".join(filter(None, [found.detail, more])))
     return by_loss(run) or by_reward(run) or by_training(run)
+
+
+def gained(before: Share, after: Share, when: str = "") -> Answer:
+    """What two accuracies on the same held-out problems show."""
+    gain = difference(before, after)
+    points = f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f} points"
+    said = (
+        f"accuracy on held-out problems from {percent(before.value)} to {percent(after.value)}"
+        f" {when}"
+    ).rstrip()
+    if gain.low > 0:
+        return Answer("yes", "good", f"It learned: {said}", f"Gain {points}, 95 % interval")
+    if gain.high < 0:
+        return Answer("worse", "bad", f"It got worse: {said}", f"{points}, 95 % interval")
+    why = f"The change is {points}, 95 % interval: it may be nothing"
+    return Answer("unclear", "warn", f"Not shown to have learned: {said}", why)
 
 
 def tested(run: Folder) -> Answer:
@@ -158,11 +163,9 @@ def by_loss(run: Folder) -> Answer | None:
         if first is not None and last is not None:
             where = f"Held-out loss of {name}" if name else "Held-out loss"
             why = "One measurement each, no interval"
+            said = curves.loss_moved(where, first, last)
             if shown(first) == shown(last):
-                said = f"{where} stayed at {shown(last)} nats per token"
                 return Answer("unclear", "warn", said, why)
-            moved = "fell" if last < first else "rose"
-            said = f"{where} {moved}: {shown(first)} to {shown(last)} nats per token"
             verdict, tone = ("yes", "good") if last < first else ("no", "warn")
             return Answer(verdict, tone, said, why)
     return None
@@ -204,68 +207,6 @@ def history_of(run: Folder) -> list[dict[str, float]]:
     ]
 
 
-def harmless(run: Folder) -> Answer:
-    """The worst verdict of the checks, and what was seen since."""
-    stage, check = worst_check(run)
-    verdict = word(check.get("verdict"))
-    failures = [a for _, loop in run.loops for a in loop.rows("alerts.jsonl")]
-    unhealthy = sum(a.get("name") == "unhealthy" for a in failures)
-    certified = next((run.one(n) for n in run.documents if n.endswith("harmless.json")), {})
-    if not check:
-        verdict = word(certified.get("verdict"))
-        if verdict in TONES:
-            said = f"Certified at its start: {verdict}"
-            return Answer(verdict, TONES[verdict], said, reason(certified))
-        return Answer("unknown", "plain", "Not known: there is no check", TELLS)
-    begun = "Before training" if run.kind == "run" else "The check says"
-    begun = f"Before {stage}" if stage else begun
-    if unhealthy:
-        said = f"{begun}: {verdict}. In training the check failed"
-        times = "once" if unhealthy == 1 else f"{unhealthy} times"
-        return Answer("fail", "bad", said, f"It was told {times}, see the alerts")
-    details, tone = [reason(check)], TONES[verdict]
-    if run.kind == "run":
-        loop, seen = looked(run)
-        during = f"looked at while training {loop}".rstrip()
-        passed, unseen = f"it was {during}: no failure told", f"it was not {during}, {TELLS}"
-        details.append(passed if seen else unseen)
-        tone = tone if seen or verdict != "pass" else "plain"
-    drifted = number(run.one("summary.json").get("kl_to_base_after"))
-    if drifted is not None:
-        details.append(f"KL to the base is {shown(drifted)} nats a token now")
-    said = "; ".join(filter(None, details))
-    return Answer(verdict, tone, f"{begun}: {verdict}", said[:1].upper() + said[1:])
-
-
-def worst_check(run: Folder) -> tuple[str, Row]:
-    """Of the run's check and those before its stages, with the stage; of equals the first."""
-    every = [("", run), *((s.path.name, s) for s in run.stages)]
-    found = [(name, folder.one("check.json")) for name, folder in every]
-    judged = [(name, check) for name, check in found if word(check.get("verdict")) in TONES]
-    order = list(TONES)
-    return max(judged, key=lambda one: order.index(one[1]["verdict"]), default=("", {}))
-
-
-def looked(run: Folder) -> tuple[str, bool]:
-    """The last loop that logged a step, and whether it came to a look (see `guard.Guard.due`)."""
-    settings = records(run.config.get("stages")) if run.stages else [run.config]
-    logged = [
-        (name, max(number(row.get("step")) or 0.0 for row in rows) + 1, e)
-        for (name, loop), e in zip(run.loops, settings, strict=False)
-        if (rows := loop.rows("metrics.jsonl"))
-    ]
-    if not logged:
-        return "", False
-    name, done, e = logged[-1]
-    return name, done >= first_look(e)
-
-
-def first_look(e: Row) -> float:
-    """After how many steps of a loop with these settings the guard first looks."""
-    every, saved = number(mapping(e.get("monitor")).get("check_every")), number(e.get("save_every"))
-    return math.inf if not every else every if saved is None else min(every, saved)
-
-
 def watched(run: Folder, report: LoRAReport | None) -> Answer:
     """What the alerts come to."""
     names = [word(row.get("name")) for _, row in raised(run)]
@@ -276,13 +217,21 @@ def watched(run: Folder, report: LoRAReport | None) -> Answer:
         return Answer("none", "good", "Nothing that is watched stood out")
     said = [*names, *(f"{name} in {n} modules" if n > 1 else name for name, n in kinds.items())]
     count = len(names) + len(kinds)
-    return Answer("some", "warn", f"{count} alert{'s' * (count > 1)}", "; ".join(said))
+    details = ["; ".join(said), nevertheless(run) if not names else ""]
+    told = ". ".join(filter(None, details))
+    return Answer("some", "warn", f"{count} alert{'s' * (count > 1)}", told)
 
 
-def reason(check: dict[str, Any]) -> str:
-    """The first sentence of what a check says."""
-    reasons = check.get("reasons")
-    return word(reasons[0]) if isinstance(reasons, list) and reasons else ""
+def nevertheless(run: Folder) -> str:
+    """What stands beside an alert on the adapter: that held-out accuracy rose, where it did."""
+    before, after, _ = accuracies(run)
+    if not before or not after:
+        return ""
+    gain = difference(before, after)
+    if gain.low <= 0:
+        return ""
+    points = f"{100 * gain.low:.1f} to {100 * gain.high:.1f} points"
+    return f"All the same held-out accuracy rose, by {points}"
 
 
 def rank(report: LoRAReport | None) -> Answer:

@@ -11,17 +11,27 @@ from mlx_lora.report.training import passage
 SIGNS = {"pass": "✓ pass", "warn": "! warn", "fail": "✗ fail"}
 
 
+ADAPTED = ("the base", "with the adapter")
+SIDES = {  # whose numbers a check holds, by what the folder is
+    "exported adapter": ("the adapter as trained", "as written"),
+    "fused model": ("the adapter on its base", "fused"),
+    "repaired adapter": ("the adapter as it was", "repaired"),
+}
+
+
 def check(run: Folder) -> Html | Missing:
     """Every check that is in the folder: the run's, and those of its stages."""
+    sides = SIDES.get(run.kind, ADAPTED)
     found = [(name, loop.one("check.json")) for name, loop in [("", run), *run.loops]]
     parts = []
     for i, (name, document) in enumerate(found):
         if document and not (i and document == found[0][1]):
-            parts += [tag("h3", f"Before {name}") if name else None, one(document)]
+            parts += [tag("h3", f"Before {name}") if name else None, one(document, sides)]
     return joined(parts) if parts else Missing("there is no check.json")
 
 
-def one(document: Row) -> Html:
+def one(document: Row, sides: tuple[str, str]) -> Html:
+    """Its verdict, gates, numbers and samples; `sides` are the two that it compares."""
     verdict = word(document.get("verdict"))
     expected = {
         "same": "It was to leave the outputs as they are.",
@@ -34,9 +44,9 @@ def one(document: Row) -> Html:
     return joined(
         tag("p", mark(verdict), f" {expected}"),
         table(["gate", "verdict", "finding"], rows, "The gates") if rows else None,
-        numbers(document),
+        numbers(document, *sides),
         drift(layers) if layers else None,
-        both(records(document.get("samples"))),
+        both(records(document.get("samples")), *sides),
     )
 
 
@@ -46,18 +56,18 @@ def mark(verdict: Any) -> Html:
     return tag("span", SIGNS.get(known, known), class_=f"mark {TONES.get(known, '')}".strip())
 
 
-def numbers(document: Row) -> Html:
+def numbers(document: Row, first: str, second: str) -> Html:
     """What the gates judged, in a few numbers."""
     between = mapping(document.get("intervals")).get("kl_mean")
     low, high = between if isinstance(between, list) and len(between) == 2 else (None, None)
     found = {
-        "KL to the base": f"{shown(document.get('kl_mean'))} nats a token "
+        f"KL to {first}": f"{shown(document.get('kl_mean'))} nats a token "
         f"({shown(low)} to {shown(high)}), 99th percentile {shown(document.get('kl_p99'))}",
         "same likeliest next token": percent(document.get("top1_agreement")),
-        "perplexity of known-good text": f"{shown(document.get('perplexity_base'))} of the base, "
-        f"{shown(document.get('perplexity_adapted'))} with the adapter",
-        "entropy of the next token": f"{shown(document.get('entropy_base'))} nats of the base, "
-        f"{shown(document.get('entropy_adapted'))} with the adapter",
+        "perplexity of known-good text": f"{shown(document.get('perplexity_base'))} ({first}), "
+        f"{shown(document.get('perplexity_adapted'))} ({second})",
+        "entropy of the next token": f"{shown(document.get('entropy_base'))} nats ({first}), "
+        f"{shown(document.get('entropy_adapted'))} ({second})",
     }
     return tag("dl", [(tag("dt", key), tag("dd", value)) for key, value in found.items()])
 
@@ -68,12 +78,12 @@ def drift(layers: list[Row]) -> Html:
     return tag("details", tag("summary", "How far each block's output moved"), whole)
 
 
-def both(samples: list[Row]) -> Html | None:
-    """What the base and the adapted model write, side by side where they differ."""
+def both(samples: list[Row], first: str, second: str) -> Html | None:
+    """What the two write, side by side where they differ."""
     if not samples:
         return None
     same = sum(sample.get("base") == sample.get("adapted") for sample in samples)
-    whole = [side_by_side(sample) for sample in samples]
+    whole = [side_by_side(sample, first, second) for sample in samples]
     if same < len(samples):
         title = f"What both write, greedily: {same} of {len(samples)} are the same"
         return joined(tag("h3", title), whole)
@@ -81,10 +91,10 @@ def both(samples: list[Row]) -> Html | None:
     return tag("details", tag("summary", said), whole)
 
 
-def side_by_side(sample: Row) -> Html:
+def side_by_side(sample: Row, first: str, second: str) -> Html:
     """A prompt, and under it what each side made of it; one text where they agree."""
     base, adapted = word(sample.get("base")), word(sample.get("adapted"))
-    texts = {"both": base} if base == adapted else {"base": base, "with the adapter": adapted}
+    texts = {"both": base} if base == adapted else {first: base, second: adapted}
     sides = [
         tag("div", tag("p", whose, class_="whose"), passage(text)) for whose, text in texts.items()
     ]

@@ -24,7 +24,28 @@ DOCUMENTS = (
     "adapters/adapter_config.json",
     "adapters/harmless.json",
     "adapters/initial/harmless.json",
+    "rejection_sampling.json",
+    "weights.json",
+    "advice.json",
+    "compare.json",
+    "merge.json",
+    "fuse.json",
+    "fuse_plan.json",
+    "repair.json",
 )
+KINDS = {  # a document that says what its folder is, unless that is a run
+    "fuse.json": "fused model",
+    "merge.json": "merged adapter",
+    "repair.json": "repaired adapter",
+    "fuse_plan.json": "fuse plan",
+    "advice.json": "advice",
+    "compare.json": "comparison",
+}
+WEIGHTS = {  # a file -> the format of the adapter that it holds
+    "adapters.safetensors": "mlx-lm",
+    "adapter_model.safetensors": "PEFT",
+    "adapter.gguf": "GGUF",
+}
 LOGS = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl", "evals.jsonl", "spectra.jsonl")
 AFTER_STAGE = "eval_after_"  # and the stage's name
 CONFIG = "config.yaml"
@@ -54,12 +75,21 @@ class Folder:
 
     @property
     def kind(self) -> str:
-        """run, adapter, check or spectrum: what the folder is a folder of."""
+        """What the folder is a folder of: run, adapter, check, spectrum, or one of KINDS."""
         if self.stages or any(name in self.documents or name in self.logs for name in RUN):
             return "run"
+        if told := next((kind for name, kind in KINDS.items() if name in self.documents), ""):
+            return told
+        if self.weights and self.one("check.json").get("expect") == "same":
+            return "exported adapter"
         if "adapter_config.json" in self.documents:
             return "adapter"
         return "check" if {"check.json", "harmless.json"} & self.documents.keys() else "spectrum"
+
+    @property
+    def weights(self) -> list[str]:
+        """Formats in which an adapter lies in the folder itself."""
+        return [form for name, form in WEIGHTS.items() if (self.path / name).is_file()]
 
     @property
     def loops(self) -> list[tuple[str, "Folder"]]:
@@ -73,6 +103,11 @@ def read(given: Path) -> Folder:
     if not path.is_dir():
         raise RunError(f"{given} is no folder", "Give the folder of a run, or of an adapter.")
     found = contents(path)
+    if not (found.documents or found.logs or found.stages) and (path / "config.json").is_file():
+        raise RunError(
+            f"{given} is a model, and nothing beside it says how it came about",
+            "`mlx-lora check MODEL --against MODEL2` compares it with another.",
+        )
     if not (found.documents or found.logs or found.stages):
         wrong = "\n".join(f"  {p}" for p in found.problems)
         raise RunError(

@@ -47,8 +47,11 @@ def shares(run: Folder) -> Mapping[str, Share | None]:
 
 
 def on_the_way(name: str, loop: Folder) -> Html | None:
-    title = " ".join(["held-out accuracy on the way, greedy", name]).strip()
-    return chart(title, [Line("", pairs(loop.rows("evals.jsonl"), "accuracy"), "both")], floor=0.0)
+    rows = loop.rows("evals.jsonl")
+    counts = [n for row in rows[-1:] if (n := number(row.get("n"))) is not None]
+    of = f", of {shown(counts[0])} problems" if counts else ""
+    title = f"held-out accuracy on the way, greedy{of} {name}".strip()
+    return chart(title, [Line("", pairs(rows, "accuracy"), "both")], floor=0.0)
 
 
 def summaries(run: Folder) -> list[Row]:

@@ -9,9 +9,19 @@ from typing import Any
 
 from mlx_lora import __version__
 from mlx_lora.errors import RunError
-from mlx_lora.report import about, answers, checked, measured, spectra, training
+from mlx_lora.report import (
+    about,
+    answers,
+    beside,
+    checked,
+    measured,
+    shipped,
+    soundness,
+    spectra,
+    training,
+)
 from mlx_lora.report.answers import Answer
-from mlx_lora.report.folder import Folder, read
+from mlx_lora.report.folder import KINDS, Folder, read
 from mlx_lora.report.markup import Html, tag
 from mlx_lora.report.missing import Missing
 from mlx_lora.report.style import sheet
@@ -20,7 +30,7 @@ from mlx_lora.spectral.metrics import LoRAReport
 
 FILE = "report.html"
 NOTHING = "base-uri 'none'; form-action 'none'"
-SCHEMA = 1  # of to_json
+SCHEMA = 2  # of to_json
 
 
 @dataclass(frozen=True)
@@ -49,40 +59,67 @@ def of(given: Path) -> Page:
     """The page of a folder. RunError where it is no run, adapter, check or spectrum."""
     folder = read(given)
     report, why = spectra.of(folder)
-    told = {"harmless": answers.harmless(folder), "rank": answers.rank(report)}
-    if folder.kind == "run":
-        told = {"finished": answers.finished(folder), "learned": answers.learned(folder), **told}
-    told["alerts"] = answers.watched(folder, report)
     parts, missing = {}, {}
+    run = folder.kind == "run"
+    looked_for = report is not None or folder.kind not in (*KINDS.values(), "exported adapter")
     for name, (title, part) in PARTS.items():
         found = part(folder, report, why)
-        if isinstance(found, Missing):
-            missing[title] = found.why
-        else:
+        if isinstance(found, Html):
             parts[name] = (title, found)
+        elif found is not None and (run or (name not in OF_RUNS and looked_for)):
+            missing[title] = found.why
     facts = about.settings(folder.config) or spectra.totals(report)
-    return Page(folder, told, parts, missing, facts)
+    return Page(folder, asked(folder, report), parts, missing, facts)
 
 
-Part = Callable[[Folder, LoRAReport | None, str], Html | Missing]
+def asked(folder: Folder, report: LoRAReport | None) -> dict[str, Answer]:
+    """The questions that a folder of its kind can answer."""
+    run, told = folder.kind == "run", {}
+    if run:
+        told |= {"finished": answers.finished(folder), "learned": answers.learned(folder)}
+    if run or folder.kind == "adapter":
+        told["harmless"] = soundness.harmless(folder)
+    elif {"check.json", "harmless.json"} & folder.documents.keys():
+        told["check"] = soundness.judged(folder)
+    if run:
+        told["moved"] = soundness.now(folder, report)
+    if run or report is not None:
+        told["rank"] = answers.rank(report)
+        told["alerts"] = answers.watched(folder, report)
+    return told
+
+
+# None: there is nothing that a reader would look for
+Part = Callable[[Folder, LoRAReport | None, str], Html | Missing | None]
 PARTS: Mapping[str, tuple[str, Part]] = {
-    "alerts": ("Alerts", lambda run, report, why: about.alerts(run, report)),
+    "shipped": ("What it is", lambda run, report, why: shipped.shipped(run)),
+    "compare": ("Side by side", lambda run, report, why: beside.comparison(run)),
+    "advice": ("Advice on ranks", lambda run, report, why: beside.advice(run)),
+    "alerts": (
+        "Alerts",
+        lambda run, report, why: about.alerts(run, report, answers.nevertheless(run)),
+    ),
     "held-out": ("Held out", lambda run, report, why: measured.held_out(run)),
     "training": ("Training", lambda run, report, why: training.training(run)),
+    "lessons": ("What it learned from", lambda run, report, why: beside.lessons(run)),
     "samples": ("Samples", lambda run, report, why: training.samples(run)),
     "check": ("The check", lambda run, report, why: checked.check(run)),
     "ranks": ("The adapter", lambda run, report, why: spectra.ranks(report, why)),
     "dominance": ("Against the base", lambda run, report, why: spectra.dominance(report, why)),
+    "weights": ("The base's weights", lambda run, report, why: beside.weights(run)),
     "dynamics": ("How it moved", lambda run, report, why: spectra.dynamics(run)),
     "time": ("Time", lambda run, report, why: about.time(run)),
     "config": ("Settings", lambda run, report, why: about.config(run)),
     "versions": ("Versions", lambda run, report, why: about.environment(run)),
     "certificate": ("Certificate", lambda run, report, why: about.certificate(run)),
 }
+OF_RUNS = ("held-out", "training", "samples", "dynamics", "time", "versions")
 QUESTIONS = {
     "finished": "Is it finished?",
     "learned": "Did it learn?",
-    "harmless": "Is it harmless?",
+    "harmless": "Was its start harmless?",
+    "check": "Is it what it should be?",
+    "moved": "How far is it from its start?",
     "rank": "Which rank does it use?",
     "alerts": "Did anything stand out?",
 }
@@ -132,8 +169,8 @@ def said(facts: Mapping[str, str]) -> str:
     return " · ".join(f"{name} {value}" for name, value in facts.items())
 
 
-def first(page: Page) -> Html:
-    """The answers, and a warning where a file does not read."""
+def first(page: Page) -> Html | None:
+    """The answers, and a warning where a file does not read. None where there is neither."""
     cards = [
         tag(
             "div",
@@ -145,6 +182,8 @@ def first(page: Page) -> Html:
         for name, answer in page.answers.items()
     ]
     wrong = problems(page.folder)
+    if not cards and not wrong:
+        return None
     warning = tag("div", [tag("p", p) for p in wrong], class_="box warn") if wrong else None
     return tag(
         "section", tag("h2", "In short"), tag("div", cards, class_="answers"), warning, id="short"

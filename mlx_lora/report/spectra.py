@@ -1,7 +1,7 @@
 """The part of the page on the adapter: ranks, singular values, dominance, how they moved."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from mlx_lora.adapter.tensors import CONFIG
 from mlx_lora.errors import UserError
 from mlx_lora.report.chart import Line, chart
 from mlx_lora.report.folder import Folder, Row, mapping, records, word
-from mlx_lora.report.markup import Html, joined, number, shown, table, tag
+from mlx_lora.report.grid import grid
+from mlx_lora.report.markup import Html, joined, number, shown, tag
 from mlx_lora.report.missing import Missing
 from mlx_lora.report.style import SHADES
 from mlx_lora.report.training import pairs
@@ -35,7 +36,6 @@ from mlx_lora.types import Finding
 LINES = 48  # of a panel; of more modules some are drawn, evenly chosen
 LOOKS = 120  # of a long run, evenly chosen
 LIMITS = {"rank_utilization": LOW_UTILIZATION, "kappa_B": ILL_CONDITIONED}
-Cell = Callable[[list[str]], Html]
 
 
 def of(run: Folder) -> tuple[LoRAReport | None, str]:
@@ -112,21 +112,6 @@ def ranks(report: LoRAReport | None, why: str) -> Html | Missing:
     )
 
 
-def grid(report: LoRAReport, cell: Cell, caption: str) -> Html:
-    """Blocks down, kinds of module across; experts of one kind share a cell."""
-    where = places(report.adapters)
-    columns, cells = kinds(where), defaultdict(list)
-    for name, (layer, kind) in where.items():
-        cells[layer, kind].append(name)
-    layers = sorted({layer for layer, _ in where.values()}, key=lambda i: (i is None, i))
-    rows = [
-        ["none" if layer is None else str(layer), *(cell(cells[layer, kind]) for kind in columns)]
-        for layer in layers
-    ]
-    heads = ["block", *(kind.removesuffix("_proj") for kind in columns)]
-    return table(heads, rows, caption, class_="heat")
-
-
 def rank_table(report: LoRAReport) -> Html:
     paid = "/".join(map(str, sorted({m.nominal_rank for m in report.adapters.values()})))
 
@@ -144,7 +129,7 @@ def rank_table(report: LoRAReport) -> Html:
         return tag("td", f"{sum(used) / len(used):.1f}", class_=shade)
 
     caption = f"Directions in use, of rank {paid}; framed: below {LOW_UTILIZATION:.0%} of it"
-    return grid(report, cell, caption)
+    return grid(report.adapters, cell, caption)
 
 
 def singular_values(report: LoRAReport) -> list[Html]:
@@ -198,7 +183,9 @@ def dominance(report: LoRAReport | None, why: str) -> Html | Missing:
 
     edges = ", ".join(f"{word} up to {edge:g}" for edge, _, word in BANDS[:-1])
     note = f"The adapter's strongest direction over the base's: {edges}, {BANDS[-1][2]} above."
-    return joined(tag("p", note, class_="quiet"), grid(report, cell, "σ_max(scale·BA) / σ_max(W)"))
+    return joined(
+        tag("p", note, class_="quiet"), grid(report.adapters, cell, "σ_max(scale·BA) / σ_max(W)")
+    )
 
 
 def dynamics(run: Folder) -> Html | Missing:

@@ -26,18 +26,19 @@ header{padding-top:28px}
 h1{font-size:1.6rem;line-height:1.2;margin:0 0 4px;overflow-wrap:anywhere}
 h2{font-size:1.25rem;margin:0 0 10px}
 h3{font-size:1rem;margin:22px 0 8px}
-p{margin:6px 0;max-width:75ch}
+p{margin:6px 0;max-width:75ch;overflow-wrap:anywhere}
 nav{position:sticky;top:0;background:var(--page);border-bottom:1px solid var(--rule);z-index:1}
-nav ul{display:flex;gap:4px 15px;list-style:none;padding-top:8px;padding-bottom:8px;
+nav ul{display:flex;flex-wrap:wrap;gap:4px 15px;list-style:none;padding-top:8px;padding-bottom:8px;
 overflow-x:auto;white-space:nowrap;font-size:.92rem}
 a{color:var(--accent)}
 nav a{text-decoration:none}
 nav a:hover{text-decoration:underline}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 section{background:var(--card);border:1px solid var(--rule);border-radius:10px;
-padding:18px 20px;margin:18px 0;scroll-margin-top:48px}
+padding:18px 20px;margin:18px 0;scroll-margin-top:72px}
 .quiet{color:var(--quiet);font-size:.9rem}
-.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,196px),1fr));gap:14px}
+.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,290px),1fr));
+gap:18px 14px}
 .answer{border-left:5px solid var(--c7);padding:2px 0 2px 14px}
 .answer h3{margin:0 0 2px;color:var(--quiet);font-weight:500;font-size:.9rem}
 .answer .big{font-size:1.06rem;font-weight:600;line-height:1.35}
@@ -94,7 +95,7 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 18px;margin:8px 0}
 dt{color:var(--quiet)}dd{margin:0;overflow-wrap:anywhere}
 footer{color:var(--quiet);font-size:.85rem;padding-bottom:40px}
 @media (max-width:600px){main,header,footer,nav ul{padding-left:12px;padding-right:12px}
-section{padding:14px 12px}table.heat td,table.heat th{padding:4px 5px}
+nav ul{flex-wrap:nowrap}section{padding:14px 12px}table.heat td,table.heat th{padding:4px 5px}
 dl{grid-template-columns:1fr}dd{margin-bottom:6px}}
 @media print{nav{display:none}section{break-inside:avoid;border:0;padding:0}}
 """

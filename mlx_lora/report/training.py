@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mlx_lora import curves
-from mlx_lora.report.answers import accuracies, history_of
+from mlx_lora.report.answers import accuracies, after_stages, gained, history_of
 from mlx_lora.report.chart import Line, chart
 from mlx_lora.report.folder import Folder, Row, word
 from mlx_lora.report.markup import Html, joined, number, shown, tag
@@ -25,32 +25,44 @@ ASIDE = ("step", "valid_loss", "valid_loss_before", "fitness_min", "fitness_max"
 CROWDED = 150  # points: beyond, a line through all of them is a band
 SMOOTH = 40  # windows of a running mean in a long run
 LONG = 1200  # letters of a text that are shown at once
+OF_STEPS = (
+    "A step's reward is of its own problems, sampled while the adapter changes: how hard they are "
+    "moves it too, and over a few problems that come again it shows what was learned by heart."
+)
 WHOLE = 6000  # and behind a fold; more than that stays in the file
 
 
 def training(run: Folder) -> Html | Missing:
-    """Curves of every loop, the main ones first."""
+    """Curves of every loop, the main ones first, led by what was held out."""
     parts = [
         joined(tag("h3", name) if name else None, drawn)
         for name, loop in run.loops
-        if (drawn := loop_curves(loop))
+        if (drawn := loop_curves(loop, around(run, name)))
     ]
-    if not parts:
-        return Missing("no step is logged (metrics.jsonl)")
-    decides = None
-    if any(accuracies(run)[:2]):
-        words = "Each step has other problems: whether it learned, held-out problems say."
-        decides = tag("p", words, class_="quiet")
-    return joined(decides, *parts)
+    return joined(*parts) if parts else Missing("no step is logged (metrics.jsonl)")
 
 
-def loop_curves(loop: Folder) -> Html | None:
+def around(run: Folder, name: str) -> str:
+    """What the evaluations before and after a loop show; empty where one is not known."""
+    before, after, when = accuracies(run)
+    if run.stages:
+        known = {"": before, **{k.removeprefix("after "): v for k, v in after_stages(run).items()}}
+        order = list(known)
+        if name not in known:
+            return ""
+        before, after, when = known[order[order.index(name) - 1]], known[name], ""
+    if not before or not after:
+        return ""
+    found = gained(before, after, when)
+    return f"{found.sentence}. {found.detail}."
+
+
+def loop_curves(loop: Folder, held_out: str) -> Html | None:
     rows, history = loop.rows("metrics.jsonl"), history_of(loop)
     if not any(history):
         return None
     measured = {key for h in history for key in h} - set(ASIDE)
     told = next((n for n in curves.LEADING if n in measured), None)
-    lead = tag("p", tag("strong", f"{curves.headline(history, told)}.")) if told else None
     wanted = {n for n in MAIN if n == told or n not in curves.LEADING} & moving(history)
     main = [figure for name in MAIN if name in wanted and (figure := panel(rows, name))]
     others = [
@@ -67,7 +79,19 @@ def loop_curves(loop: Folder) -> Html | None:
         if others
         else None
     )
-    return joined(lead, tag("div", main, class_="charts"), fold)
+    return joined(leads(history, told, held_out), tag("div", main, class_="charts"), fold)
+
+
+def leads(history: Sequence[Mapping[str, float]], told: str | None, held_out: str) -> list[Html]:
+    """What was held out, which decides; then the trend of the steps, and what it can say."""
+    lead = held_out or (f"{said}." if (said := curves.validated(history)) else "")
+    trend = f"{curves.headline(history, told)}." if told else ""
+    lines = [tag("p", tag("strong", line)) for line in (lead or trend,) if line]
+    if lead and trend:
+        lines.append(tag("p", trend, class_="quiet"))
+    if told == "reward":
+        lines.append(tag("p", OF_STEPS, class_="quiet"))
+    return lines
 
 
 def moving(history: Sequence[Mapping[str, float]]) -> set[str]:
