@@ -244,6 +244,14 @@ TURNS = (
 )
 
 
+def test_a_copy_of_the_embedded_model_is_asked_what_that_is_asked(tmp_path):
+    models.save_base(demo(), tmp_path / "base")
+    copy = models.load(str(tmp_path / "base"))
+    assert probes.read(copy) == probes.read(demo())
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    assert probes.read(copy) != probes.read(demo())
+
+
 def test_messages_are_read_from_the_last_answer_on_or_continued(tmp_path):
     path, loaded = tmp_path / "probes.jsonl", demo()
     path.write_text(TURNS)

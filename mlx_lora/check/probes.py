@@ -1,12 +1,13 @@
 """What a model is asked: known-good text to read, prompts to continue."""
 
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
 from mlx_lora.data import Row, context_of, encode, rows_of
 from mlx_lora.errors import ConfigError
-from mlx_lora.models import DEMO, Loaded, encode_prompt
+from mlx_lora.models import DEMO_FOLDER, Loaded, encode_prompt
 from mlx_lora.types import Prompt
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -22,7 +23,7 @@ class Probes:
 
 
 def read(loaded: Loaded, path: Path | None = None, *, samples: int | None = None) -> Probes:
-    """Probes from a JSONL or text file; else the embedded model's own set, or a general one.
+    """Probes from a JSONL or text file; else a general set, or that of the embedded model's kind.
 
     At most `samples` prompts are continued; None: all.
 
@@ -32,7 +33,7 @@ def read(loaded: Loaded, path: Path | None = None, *, samples: int | None = None
     continued.
     """
     if path is None:
-        path = ASSETS / ("check_demo.jsonl" if loaded.name == DEMO else "check_general.jsonl")
+        path = ASSETS / ("check_demo.jsonl" if speaks_demo(loaded) else "check_general.jsonl")
     texts: list[tuple[list[int], int]] = []
     prompts: list[Prompt] = []
     problems: list[str] = []
@@ -62,6 +63,12 @@ def read(loaded: Loaded, path: Path | None = None, *, samples: int | None = None
             '{"messages": [...]}.',
         )
     return Probes(texts, prompts[:samples])
+
+
+def speaks_demo(loaded: Loaded) -> bool:
+    """Whether the model has the embedded one's tokenizer, as a run's base and fused models have."""
+    mine, theirs = (folder / "tokenizer.json" for folder in (loaded.folder, DEMO_FOLDER))
+    return mine == theirs or (mine.is_file() and cmp(mine, theirs, shallow=False))
 
 
 def spelled_out(row: Row) -> Row:
