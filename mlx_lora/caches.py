@@ -216,7 +216,8 @@ def agrees(model: nn.Module, prompts: Sequence[Sequence[int]]) -> bool:
         limit = AGREE[alone.dtype]
         a_K, b_K = (np.array(x.astype(mx.float32)).ravel() for x in (together, alone))
         real_K = a_K != b_K  # equal ones may be minus infinity, of tokens that are never written
-        spread = np.std(b_K[np.isfinite(b_K)])
+        finite_K = b_K[np.isfinite(b_K)]
+        spread = np.std(finite_K) if finite_K.size else 0.0  # a broken model agrees on nothing
         return bool(np.all(np.abs(a_K[real_K] - b_K[real_K]) < limit * spread))
     except Exception:  # whatever a model says about a batch that it does not take
         return False

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from mlx_lora import __version__, cli_ship, cli_spectral, cpu
-from mlx_lora.errors import UserError
+from mlx_lora.errors import ConfigError, UserError
 
 BEGAN = time.perf_counter()
 app = typer.Typer(
@@ -303,7 +303,7 @@ def main() -> None:
     gc.set_threshold(50_000, 20, 20)  # imports make objects that stay: 5 % of a short command
     try:
         refuse_platform()
-        app()
+        sys.exit(run_command())
     except UserError as error:
         report_error(error)
         sys.exit(2)
@@ -311,6 +311,18 @@ def main() -> None:
         sys.exit(130)
     finally:
         gc.freeze()  # a last look for garbage takes 0.2 s, and the process ends anyway
+
+
+def run_command() -> int:
+    """The exit code. With --json what is wrong on the command line is a UserError too."""
+    if "--json" not in sys.argv:
+        app()  # which exits by itself
+    try:
+        return app(standalone_mode=False) or 0
+    except typer.TyperException as error:
+        about, context = getattr(error, "format_message", error.__str__)(), error.ctx
+        path = context.command_path if context else "mlx-lora"
+        raise ConfigError(about, f"`{path} --help` lists what there is.") from error
 
 
 def refuse_platform() -> None:

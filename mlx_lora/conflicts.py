@@ -11,6 +11,7 @@ SPLINE = (
     "num_knots", "k_min", "k_max", "interpolation_method", "extrapolation", "spline_reg_weight",
     "calibrate",
 )  # fmt: skip
+MOST_KNOTS = 100  # more only cost: each has a gradient of its own
 LOUD = 0.3  # es.perturb_scale above which there is a notice
 ABOUT = {
     "alpha": "scale = alpha / rank, or alpha / sqrt(rank) with rslora",
@@ -96,6 +97,8 @@ def spline_conflicts(lora: Mapping[str, Any], kind: Any) -> Iterator[tuple[KeyPa
     if isinstance(low, int | float) and isinstance(high, int | float) and low >= high:
         yield ("lora_parameters", "k_min"), f"{low:g} is not below k_max {high:g}"
     count = lora.get("num_knots")
+    if isinstance(count, int) and count > MOST_KNOTS:
+        yield ("lora_parameters", "num_knots"), f"a curve has at most {MOST_KNOTS}, got {count}"
     if lora.get("interpolation_method") == "soft" and isinstance(count, int) and count > MOST_SOFT:
         yield ("lora_parameters", "num_knots"), f"a soft curve has at most {MOST_SOFT}, got {count}"
 

@@ -189,7 +189,10 @@ def refuse_alone(experiment: Experiment) -> None:
     others = sorted({e.method for e in experiment.loops if not e.is_rl})
     if distributed.size() > 1 and (others or experiment.stages):
         what = "an experiment with stages" if experiment.stages else f"method {', '.join(others)}"
-        raise ConfigError(f"{what} runs on one machine; a single loop of grpo or es on several")
+        raise ConfigError(
+            f"{what} runs on one machine, {distributed.size()} were started",
+            "Start it without mlx.launch. A single loop of grpo or es runs on several.",
+        )
 
 
 def refuse_patience(e: Stage, sources: Sources) -> None:

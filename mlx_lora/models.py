@@ -21,6 +21,7 @@ from mlx_lora.types import Message, Prompt
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "assets" / "demo_model"
+OFFLINE = "Without a network: `hf download {name} --local-dir DIR` where there is one; give DIR."
 DEMO_QUANTIZATION = {"bits": 4, "group_size": 64, "mode": "affine"}
 KEPT = (  # beginnings of what a model needs beside weights and config
     "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template",
@@ -64,7 +65,7 @@ def resolve(name: str) -> Path:
     except Exception as error:
         raise ModelError(
             f"{name} is neither a local folder nor could it be fetched: {error}",
-            "Check the name and the network, or download it first and give the folder.",
+            OFFLINE.format(name=name),
         ) from error
 
 

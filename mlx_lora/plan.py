@@ -74,14 +74,14 @@ def description(name: str) -> tuple[dict[str, Any], bool]:
     if name == models.DEMO or Path(name).expanduser().exists() or name.count("/") != 1:
         folder = models.resolve(name)
     else:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import snapshot_download
 
-        try:
-            folder = Path(hf_hub_download(name, "config.json")).parent
+        try:  # which fails at once without a network, where a file alone is asked for six times
+            folder = Path(snapshot_download(name, allow_patterns=["config.json"]))
         except Exception as error:
             raise ModelError(
                 f"{name} is neither a local folder nor could its config.json be fetched: {error}",
-                "Check the name and the network, or give a folder with config.json.",
+                models.OFFLINE.format(name=name),
             ) from error
     return models.read_json(folder / "config.json"), any(folder.glob("model*.safetensors"))
 
@@ -197,8 +197,9 @@ def cost_of_sft(loaded: Loaded, e: Stage, task: Task | None) -> dict[str, Any]:
         texts, _ = training_texts(loaded, pairs, source, limit=e.max_seq_length, mask_prompt=True)
         steps = math.ceil(e.epochs * count / e.batch_size) if e.epochs else e.iters
     else:
-        sampled, found = 0.0, {}
-        texts = lessons_of(loaded, sources_of(e)["train"], e).texts
+        sampled = 0.0
+        lessons = lessons_of(loaded, sources_of(e)["train"], e)
+        texts, found = lessons.texts, {"notes": lessons.notes}
         refuse_few(texts, e)
         count, steps = len(texts), lasting(e, texts).iters
     kept = e.sft.model_copy(update={"order": e.order})

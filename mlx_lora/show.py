@@ -12,6 +12,8 @@ from rich.table import Table
 
 from mlx_lora.runlog import TIMES, gathered, in_words
 
+PROMPTS = {"countdown": "Numbers: 7 23 25. Target: 41."}  # to try a task with
+
 
 def out() -> Console:
     return Console(highlight=False)
@@ -73,7 +75,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         console.print("Use it with stock mlx-lm:")
         console.print(
             f"  mlx_lm generate --model {base} --adapter-path {folder / 'adapters'} "
-            '--prompt "Numbers: 7 23 25. Target: 41."',
+            f'--prompt "{PROMPTS.get(summary.get("task") or "", "...")}"',
             soft_wrap=True,
             markup=False,
         )
@@ -174,6 +176,8 @@ def print_plan(found: Mapping[str, Any]) -> None:
     for title, part in titled:
         table = Table(box=box.SIMPLE, show_header=False, title=title, title_justify="left")
         for key, value in part.items():
+            if value == []:
+                continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
             said = "\n".join(value) if isinstance(value, list) else str(value)
             table.add_row(key.replace("_", " "), f"{value:,}" if number else escape(said))

@@ -30,6 +30,7 @@ class Source:
     name: str  # of a file, or a hub dataset with its split
     rows: Sequence[tuple[str, Row]]  # where each stands, for errors, and the row
     features: Features
+    unread: Sequence[str] = ()  # a line for each row that could not be read
 
 
 Sources = Mapping[str, Sequence[Source]]  # by split: train, valid, test
@@ -59,8 +60,10 @@ def absent(split: str, e: Stage) -> list[str]:
 
 def wrong(source: Source, e: Stage) -> Iterator[str]:
     """What is wrong with a source, a line each."""
+    yield from source.unread
     if not source.rows:
-        yield f"{source.name} is empty: there is nothing in it to learn from or to measure"
+        if not source.unread:
+            yield f"{source.name} is empty: fill it with rows, or take it away"
         return
     place, first = source.rows[0]
     form = source.features.form_of(first)
@@ -141,10 +144,10 @@ def numbered(name: str, rows: Sequence[Row], features: Features) -> Source:
 
 
 def read_file(path: Path, features: Features) -> Source:
-    """The rows of a JSONL file. ConfigError lists all lines that are no JSON object."""
+    """The rows of a JSONL file, and the lines of it that are no JSON object."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     rows: list[tuple[str, Row]] = []
     problems: list[str] = []
@@ -153,17 +156,19 @@ def read_file(path: Path, features: Features) -> Source:
             continue
         place = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            problems.append(f"{place}: not UTF-8: {error.reason} (byte {error.start + 1})")
+            continue
         except json.JSONDecodeError as error:
             problems.append(f"{place}: not JSON: {error.msg} (column {error.colno})")
             continue
         if isinstance(row, dict):
             rows.append((place, row))
         else:
-            problems.append(f"{place}: a row is an object, like {{...}}, not {line.strip():.20}")
-    if problems:
-        raise ConfigError("\n".join(shortened(iter(problems))))
-    return Source(str(path), rows, features)
+            shown = line.decode().strip()
+            problems.append(f"{place}: a row is an object, like {{...}}, not {shown:.20}")
+    return Source(str(path), rows, features, problems)
 
 
 @lru_cache(maxsize=8)

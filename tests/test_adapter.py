@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx_lm.tuner.utils import load_adapters
 
-from mlx_lora.adapter import files
+from mlx_lora.adapter import files, tensors
 from mlx_lora.adapter.attach import (
     assert_no_update,
     attach,
@@ -18,6 +18,7 @@ from mlx_lora.adapter.attach import (
 from mlx_lora.adapter.inits import inits
 from mlx_lora.adapter.scene import module_key
 from mlx_lora.errors import AdapterError, ConfigError, UnknownNameError
+from mlx_lora.ship import trained
 from tests.tiny import ARCHITECTURES, IDS, tiny
 
 X = mx.array(IDS)
@@ -152,6 +153,33 @@ def test_misfits_are_listed_all_at_once(tmp_path):
     message = str(caught.value)
     assert "3 tensors" in message
     assert all(word in message for word in ("missing", "unexpected", "shape"))
+
+
+def test_all_that_is_wrong_with_a_config_is_said_at_once(tmp_path):
+    (tmp_path / files.WEIGHTS).write_bytes(b"")
+    wrong = {"fine_tune_type": "full", "num_layers": "all", "lora_parameters": {"scale": "two"}}
+    (tmp_path / files.CONFIG).write_text(json.dumps(wrong))
+    with pytest.raises(AdapterError) as caught:
+        tensors.described(tmp_path)
+    words = ("'full'", "num_layers is 'all'", "no rank", "scale is 'two'")
+    assert all(word in str(caught.value) for word in words)
+    assert '"lora_parameters"' in caught.value.hint
+    for text, word in (("", "not JSON"), ("[1]", "holds"), ("{}", "no lora_parameters")):
+        (tmp_path / files.CONFIG).write_text(text)
+        with pytest.raises(AdapterError, match=word):
+            tensors.described(tmp_path)
+    curved = {"rank": 4, "scale": float("nan"), "type": "wavelet"}
+    assert len(tensors.unsound({"lora_parameters": curved})) == 2
+    assert tensors.unsound({"fine_tune_type": "spline", "lora_parameters": {"rank": 4, "scale": 1}})
+
+
+def test_a_foreign_file_is_named_tensor_by_tensor(tmp_path):
+    config = {"lora_parameters": {"rank": 4, "scale": 2.0}}
+    (tmp_path / files.CONFIG).write_text(json.dumps(config))
+    mx.save_safetensors(str(tmp_path / files.WEIGHTS), {"conv.weight": mx.ones(3), "b": mx.ones(3)})
+    with pytest.raises(AdapterError) as caught:
+        trained.read(tmp_path)
+    assert "conv.weight is no LoRA factor" in str(caught.value) and "  b is" in str(caught.value)
 
 
 def test_unreadable_folders_are_errors_with_a_hint(tmp_path):

@@ -199,6 +199,17 @@ def test_errors_are_json_with_json(run_cli):
     assert error["type"] == "UnknownNameError" and "gaussian" in error["hint"]
 
 
+def test_a_wrong_command_line_is_json_with_json(run_here):
+    for wrong, word in (
+        (["spectrum"], "adapter"),
+        (["generate", "demo", "-p", "x", "--strength", "abc"], "--strength"),
+        (["ls", "--bogus"], "--bogus"),
+        (["nope"], "nope"),
+    ):
+        done = run_here(*wrong, "--json")
+        assert done.returncode == 2 and word in json.loads(done.stdout)["error"]["message"], wrong
+
+
 def test_ctrl_c_leaves_a_loadable_adapter_and_says_so(tmp_path):
     path = tmp_path / "long.yaml"
     path.write_text(SMALL.replace("iters: 3", "iters: 5000"))

@@ -405,3 +405,10 @@ def test_pissa_under_rl_is_warned_of():
     assert "collapse" in config.notices(config.from_text(text.format("pissa")))[0]
     assert not config.notices(config.from_text(text.format("loftq")))
     assert not config.notices(config.from_text("model: demo\nmethod: sft\ninit: pissa\n"))
+
+
+def test_a_curve_has_a_bounded_number_of_knots():
+    about = "model: demo\ndata: demo\nlora_parameters: {{type: spline, num_knots: {}}}\n"
+    config.from_text(about.format(100))
+    with pytest.raises(ConfigError, match="at most 100, got 101"):
+        config.from_text(about.format(101))

@@ -1,6 +1,7 @@
 """Fusing: the fused model is the adapter's, and where rounding would eat the update it says so."""
 
 import json
+from io import StringIO
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mlx_lora import models
@@ -180,5 +182,7 @@ def test_an_adapter_of_nothing_is_an_error(tmp_path):
     loaded = models.load("demo")
     config = attach(loaded)
     files.save(loaded.model, config | {"base": {"model": "demo"}}, tmp_path / "a")
+    said = StringIO()
     with pytest.raises(AdapterError, match="changes nothing"):
-        fuse(tmp_path / "a", tmp_path / "out", console=QUIET)
+        fuse(tmp_path / "a", tmp_path / "out", console=Console(file=said))
+    assert not said.getvalue(), "no layer is fused before that is said"

@@ -1,6 +1,7 @@
 """Decoding: forked = full prefill, batched = alone, and the stored log-probabilities are true."""
 
 import itertools
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
@@ -449,3 +450,12 @@ def test_a_long_completion_never_draws_the_same_numbers_again():
     drawn = np.array([uniforms([key], [t])[0] for t in places])
     assert len(np.unique(drawn)) == len(places)
     np.testing.assert_array_equal(drawn[BLOCK : 2 * BLOCK], uniform_block(key, 1))
+
+
+def test_a_model_that_says_nan_decodes_alone_and_without_a_warning():
+    model = tiny()
+    model.model.norm.weight = mx.full(model.model.norm.weight.shape, float("nan"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert company(model) == "none"
+    assert not said

@@ -125,3 +125,15 @@ def test_config_json_is_enough(tmp_path):
 def test_a_config_that_makes_no_model_says_so():
     with pytest.raises(ModelError, match=r"no model can be built from its config\.json"):
         skeleton({"model_type": "llama", "hidden_size": "wide"}, experiment())
+
+
+def test_a_model_that_cannot_be_fetched_says_what_to_do_offline(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setattr("mlx_lm.utils._download", unreachable)
+    for find in (plan.description, models.resolve):
+        with pytest.raises(ModelError, match="no route") as caught:
+            find("owner/name")
+        assert "hf download owner/name" in caught.value.hint

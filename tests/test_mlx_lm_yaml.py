@@ -163,6 +163,17 @@ def test_test_alone_finds_the_same_loss(whole, data, tmp_path):
     print_summary(base | {"run_dir": str(tmp_path)})
 
 
+@pytest.mark.parametrize(("task", "prompt"), [("countdown", "Numbers: 7"), ("jsonl", '"..."')])
+def test_the_command_to_go_on_with_asks_the_task_s_own_question(tmp_path, capsys, task, prompt):
+    from mlx_lora.show import print_summary
+
+    (tmp_path / "base").mkdir()
+    about = {"run_dir": str(tmp_path), "task": task, "alerts": [], "adapter_alerts": {}}
+    print_summary(about | {"check": {"verdict": "pass"}, "seconds": 1.0})
+    said = capsys.readouterr().out
+    assert "mlx_lm generate" in said and prompt in said
+
+
 def test_a_checkpoint_of_mlx_lm_is_gone_on_from(whole, data, tmp_path):
     """It is beside the last adapter, and another one."""
     _, out, _ = whole

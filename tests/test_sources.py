@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from mlx_lm.tuner.datasets import create_dataset
 
-from mlx_lora import lessons, models
+from mlx_lora import config, lessons, models, plan
 from mlx_lora.errors import ConfigError
 from mlx_lora.formats import Features, lesson_of
 from mlx_lora.lessons import lessons_of
+from mlx_lora.progress import console
 from mlx_lora.schema import Stage
+from mlx_lora.show import print_plan
 from mlx_lora.sources import fetched, read_file, sources_of
 from tests.tiny import tiny_loaded
 
@@ -142,6 +144,17 @@ def test_long_rows_are_counted_cut_and_said(tmp_path):
     assert "9 tokens (max_seq_length)" in lessons_of(DEMO, sources_of(e)["train"], e).notes[0]
 
 
+def test_a_plan_counts_the_rows_that_would_be_cut(tmp_path, capsys):
+    rows = [ROWS["text"], {"text": "A duck has two legs. " * 200}]
+    e = stage(tmp_path, [json.dumps(row) for row in rows])
+    about = f"model: demo\ndata: {e.data}\niters: 1\nbatch_size: 1\n"
+    found = plan.plan(config.from_text(about), console(quiet=True))
+    assert "1 of 2 rows" in found["notes"][0] and "were cut" in found["notes"][0]
+    print_plan(found | {"memory_advice": []})
+    said = capsys.readouterr().out
+    assert "were cut" in said and "memory advice" not in said
+
+
 def test_rows_without_a_token_to_learn_are_counted(tmp_path):
     rows = [ROWS["completions"], {"prompt": "a duck " * 20, "completion": "Two."}]
     e = stage(tmp_path, [json.dumps(row) for row in rows], max_seq_length=14, mask_prompt=True)
@@ -217,6 +230,10 @@ def test_hub_datasets_are_read_as_mlx_lm_reads_them(monkeypatch):
     fetched.cache_clear()
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path):
-    (tmp_path / "train.jsonl").write_bytes(b"\xff\xfe")
-    assert "cannot read" in refusal(read_file, tmp_path / "train.jsonl", Features())
+def test_bytes_that_are_no_text_are_named_by_line_beside_all_else(tmp_path):
+    e = stage(tmp_path, ['{"text": "a"}', "{", '{"text": 3}'])
+    (tmp_path / "valid.jsonl").write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n')
+    said = refusal(sources_of, e)
+    assert "train.jsonl:2: not JSON" in said and 'train.jsonl:3: "text" should be' in said
+    assert "valid.jsonl:2: not UTF-8" in said
+    assert "cannot read" in refusal(read_file, tmp_path / "nowhere.jsonl", Features())

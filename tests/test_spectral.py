@@ -16,6 +16,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRASwitchLinear
 
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, lora_layers
+from mlx_lora.bases import identity
 from mlx_lora.errors import AdapterError, ModelError, RunError
 from mlx_lora.spectral import base, remembered
 from mlx_lora.spectral.gram import ba_singular_values, spectra
@@ -25,6 +26,7 @@ from mlx_lora.spectral.report import LoRAAnalyzer, to_json, write
 from mlx_lora.spectral.show import table
 from mlx_lora.spectral.spectrum import Pair, measure, pairs
 from mlx_lora.spectral.structure import structure, suggested_rank
+from tests.tiny import tiny_loaded
 
 TOP_KEYS = {"schema", "status", "adapters", "structural", "dynamics", "alerts", "suggested_rank"}
 ADAPTER_KEYS = {
@@ -346,6 +348,20 @@ def test_a_base_that_does_not_match_is_an_error(trained, tmp_path):
     assert "layers.1.mlp.up_proj is not in the model. Did you mean" in str(error.value)
     with pytest.raises(AdapterError, match="no LoRA layers"):
         LoRAAnalyzer(other).analyze()
+
+
+def test_a_base_of_the_same_sizes_and_other_weights_is_an_error(tmp_path):
+    loaded = tiny_loaded()
+    config = attach(loaded.model)
+    sketch = identity(loaded)["sketch"]
+    for about, fits in ((sketch, True), ([-x for x in sketch], False)):
+        files.save(loaded.model, config | {"base": {"sketch": about}}, tmp_path)
+        analyzer = LoRAAnalyzer(tmp_path, tiny_loaded())
+        if fits:
+            assert analyzer.analyze().structural.per_layer_dominance
+            continue
+        with pytest.raises(AdapterError, match="weights are others"):
+            analyzer.analyze()
 
 
 @pytest.mark.parametrize(

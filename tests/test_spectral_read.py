@@ -13,7 +13,7 @@ from mlx_lora.adapter.mapped import BF16, mapped, widened
 from mlx_lora.errors import AdapterError
 from mlx_lora.spectral import gram
 from mlx_lora.spectral.read import of_folder
-from mlx_lora.spectral.report import LoRAAnalyzer
+from mlx_lora.spectral.report import LoRAAnalyzer, to_json
 from mlx_lora.spectral.spectrum import measure
 
 PLAIN = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": {"rank": 4, "scale": 2.0}}
@@ -226,6 +226,34 @@ def test_broken_files_are_errors_with_a_reason(tmp_path, name):
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(AdapterError, match=message):
         LoRAAnalyzer(tmp_path).analyze()
+
+
+CURVED = {"fine_tune_type": "spline", "num_layers": -1}
+CURVED |= {"lora_parameters": {"rank": 4, "scale": 2.0, "type": "spline", "num_knots": 3}}
+
+
+def curved(curve=(0.1, 0.0, -0.1), scale=2.0):
+    pair = {"m.lora_a": random(8, 4), "m.lora_b": random(4, 6)}
+    return {**pair, "m.spline": np.array(curve), "m.spline_scale": np.array([scale])}
+
+
+def test_a_broken_curve_is_a_status_and_gets_no_advice(tmp_path):
+    assert LoRAAnalyzer(save(tmp_path / "good", curved(), CURVED)).analyze().status == "trained"
+    for i, bad in enumerate([((np.nan, 0, 0), 2.0), ((0, 0, 0), np.nan), ((0, 0, 0), 0.0)]):
+        report = LoRAAnalyzer(save(tmp_path / str(i), curved(*bad), CURVED)).analyze()
+        assert (report.status, report.suggested_rank) == ("non_finite", None)
+        failed = [(f.name, f.module) for f in report.alerts if f.severity == "fail"]
+        assert failed == [("non_finite", "m")]
+        json.dumps(to_json(report), allow_nan=False)
+
+
+def test_curves_that_are_missing_or_of_another_length_are_named(tmp_path):
+    short = curved((0.1, 0.2))
+    del short["m.spline_scale"]
+    with pytest.raises(AdapterError) as caught:
+        LoRAAnalyzer(save(tmp_path, short, CURVED)).analyze()
+    assert "m.spline is (2,), should be (3,)" in str(caught.value)
+    assert "m.spline_scale is missing" in str(caught.value)
 
 
 def test_parameters_as_targets_are_refused(tmp_path):

@@ -16,6 +16,7 @@ KINDS = {
     "BF16": BF16,
 }
 EPS = {BF16: 2.0**-7, **{d: float(np.finfo(d).eps) for d in KINDS.values() if d != BF16}}
+AGAIN = "Is the file complete? Copy or download it again."
 LONGEST = 100_000_000  # bytes of a header, safetensors' own limit
 
 
@@ -25,20 +26,22 @@ def mapped(path: Path) -> dict[str, np.ndarray]:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
             length = int.from_bytes(held[:8], "little")
             if not 2 <= length <= min(LONGEST, len(held) - 8):
-                raise AdapterError(f"{path} is no safetensors file, or only the start of one")
+                raise AdapterError(
+                    f"{path} is no safetensors file, or only the start of one", AGAIN
+                )
             header = json.loads(bytes(held[8 : 8 + length]))
             data = np.asarray(np.memmap(path, np.uint8, "r"))[8 + length :]
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} is not a sound safetensors file: {error}") from error
+        raise AdapterError(f"{path} is not a sound safetensors file: {error}", AGAIN) from error
     if not isinstance(header, dict):
-        raise AdapterError(f"{path} is no safetensors file: its header is no mapping")
+        raise AdapterError(f"{path} is no safetensors file: its header is no mapping", AGAIN)
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     problems = [f"  {n}: {why}" for n, e in entries.items() if (why := unsound(e, len(data)))]
     if problems:
         more = [f"  ... and {len(problems) - 5} more"] if len(problems) > 5 else []
         raise AdapterError(
             f"{path} cannot be read\n" + "\n".join([*problems[:5], *more]),
-            "Is the file complete? Copy or download it again.",
+            AGAIN,
         )
     return {name: view(data, entry) for name, entry in entries.items()}
 

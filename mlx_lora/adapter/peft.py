@@ -93,7 +93,10 @@ def refuse(about: Any, folder: Path) -> None:
     """AdapterError for what mlx-lm's layers cannot compute."""
     if not isinstance(about, dict) or about.get("peft_type") != "LORA":
         kind = about.get("peft_type") if isinstance(about, dict) else None
-        raise AdapterError(f"{folder} holds a PEFT adapter of type {kind}, only LORA is read")
+        raise AdapterError(
+            f"{folder} holds a PEFT adapter of type {kind}, only LORA is read",
+            "Merge it into its base with PEFT (merge_and_unload), and convert that.",
+        )
     unfit = [k for k in UNFIT if about.get(k)]
     if about.get("bias", "none") != "none":
         unfit.append("bias")

@@ -6,6 +6,7 @@ Where layers have different ranks, the file holds them all at the largest, fille
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_lora.adapter.mapped import AGAIN
 from mlx_lora.errors import AdapterError
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 KINDS = ("lora", "dora", "spline")
+EXPECTED = (
+    'Expected is what mlx-lm writes: {"fine_tune_type": "lora", "num_layers": 16, '
+    '"lora_parameters": {"rank": 8, "scale": 2.0}}, where scale is alpha / rank.'
+)
 
 
 def folder_of(given: str) -> Path:
@@ -54,7 +60,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         tensors: dict[str, mx.array] = mx.load(str(folder / weights))  # type: ignore[assignment]
         mx.eval(tensors)
     except Exception as error:
-        raise AdapterError(f"the adapter in {folder} does not load: {error}") from error
+        raise AdapterError(f"the adapter in {folder} does not load: {error}", AGAIN) from error
     return described(folder, weights), tensors
 
 
@@ -73,22 +79,44 @@ def described(folder: Path, weights: str = WEIGHTS) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text())
     except Exception as error:
-        raise AdapterError(f"the adapter in {folder} does not load: {error}") from error
-    kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
-    parameters = config.get("lora_parameters") if isinstance(config, dict) else None
-    if kind not in KINDS or not isinstance(parameters, dict):
-        raise AdapterError(f"{folder / CONFIG} describes no LoRA adapter (fine_tune_type {kind!r})")
-    absent = [k for k in ("rank", "scale") if k not in parameters]
-    if absent:
-        raise AdapterError(f"{folder / CONFIG}: lora_parameters has no {' and no '.join(absent)}")
-    wrong = [
-        f"{name} is {parameters.get(name)!r}"
-        for name, kind in (("rank", int), ("scale", int | float), ("keys", list | None))
-        if not isinstance(parameters.get(name), kind)
-    ]
-    if wrong or not isinstance(config.get("num_layers", -1), int):
-        raise AdapterError(f"{folder / CONFIG} is not sound: {', '.join(wrong) or 'num_layers'}")
+        raise AdapterError(f"{folder / CONFIG} is not JSON: {error}", AGAIN) from error
+    if problems := unsound(config):
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        raise AdapterError(f"{folder / CONFIG} describes no LoRA adapter:{listed}", EXPECTED)
     return config
+
+
+def unsound(config: Any) -> list[str]:
+    """Why this is no adapter's config; nothing where it is one.
+
+    >>> unsound({"lora_parameters": {"scale": math.nan}})
+    ['lora_parameters has no rank', 'lora_parameters.scale is nan']
+    """
+    if not isinstance(config, dict):
+        return [f"it holds {config!r:.80}"]
+    kind, found = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
+    problems = [] if kind in KINDS else [f"fine_tune_type is {kind!r}: {', '.join(KINDS)} are read"]
+    if not isinstance(config.get("num_layers", -1), int):
+        problems.append(f"num_layers is {config['num_layers']!r}")
+    if not isinstance(found, dict):
+        return [
+            *problems,
+            f"lora_parameters is {found!r}" if found else "it has no lora_parameters",
+        ]
+    problems += [f"lora_parameters has no {k}" for k in ("rank", "scale") if k not in found]
+    shape, bends = found.get("type", "lora"), kind == "spline"
+    if shape not in ("lora", "spline") or (bends and shape == "lora"):
+        problems.append(f"lora_parameters.type is {shape!r} under fine_tune_type {kind!r}")
+    forms: dict[str, Any] = {"rank": int, "scale": int | float, "keys": list | None}
+    return problems + [
+        f"lora_parameters.{name} is {found[name]!r}"
+        for name, form in forms.items()
+        if name in found
+        and (
+            not isinstance(found[name], form)
+            or (name == "scale" and not math.isfinite(found[name]))
+        )
+    ]
 
 
 def digest(tensors: Mapping[str, mx.array]) -> str:

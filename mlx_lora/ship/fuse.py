@@ -20,7 +20,14 @@ from mlx_lora.progress import watch
 from mlx_lora.runlog import RunLog, atomically, refuse_occupied
 from mlx_lora.ship import proof
 from mlx_lora.ship.export import whole
-from mlx_lora.ship.fuse_plan import Plan, Standard, one_width, planned, quantization_of
+from mlx_lora.ship.fuse_plan import (
+    NOTHING,
+    Plan,
+    Standard,
+    one_width,
+    planned,
+    quantization_of,
+)
 from mlx_lora.ship.plots import LOST, plan_plot, survival_plot
 from mlx_lora.ship.requantize import Forms, Survival, float_of, fused, own_forms, together
 from mlx_lora.ship.switch import Adapters
@@ -153,7 +160,14 @@ def opened(
             f"{trained.folder}: {len(broken)} modules hold NaN or infinity, {broken[0]} for one",
             "Go back to the last good checkpoint.",
         )
+    if not strength or not any(moves(layer) for layer in lora_layers(loaded.model).values()):
+        raise AdapterError(*NOTHING)
     return trained, name, loaded, notices
+
+
+def moves(layer: Any) -> bool:
+    """Whether an adapter changes its layer at all; of DoRA the magnitudes may alone."""
+    return "m" in layer or bool(mx.any(layer.lora_a).item() and mx.any(layer.lora_b).item())
 
 
 def about(trained: Trained, base: str, strength: float, notices: list[str]) -> dict[str, Any]:
@@ -233,7 +247,7 @@ def worn(survivals: list[Survival], forms: Forms) -> tuple[list[str], list[str]]
     """Why to refuse, and what to tell, by how much of the update is in the stored weights."""
     kept, noise = together(survivals)
     if kept is None or noise is None:
-        raise AdapterError("the adapter changes nothing: there is nothing to fuse")
+        raise AdapterError(*NOTHING)
     if kept >= WORN and noise <= DROWNED:
         return [], []
     worst = min(survivals, key=lambda s: 1.0 if s.kept is None else s.kept)

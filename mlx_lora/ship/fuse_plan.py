@@ -17,6 +17,10 @@ from mlx_lora.ship.switch import inside
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of MLX's affine packing
 GROUPS = (32, 64, 128)  # and its groups
+NOTHING = (
+    "the adapter changes nothing: there is nothing to fuse",
+    "It is untrained, or --strength is 0.",
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def planned(loaded: Loaded, standard: Standard, console: Console) -> Plan:
             found.append(plan_layer(name, layer, standard))
             watcher.update(step, {})
     if all(layer.chosen.kept is None for layer in found):
-        raise AdapterError("the adapter changes nothing: there is nothing to fuse")
+        raise AdapterError(*NOTHING)
     whole = sum(value.nbytes for value in models.base_weights(loaded.model).values())
     adapted = sum(bytes_of(inside(layer)) for layer in layers.values())
     return Plan(standard, found, whole - adapted)

@@ -157,7 +157,7 @@ def refuse_unfit(held: Sequence[Pair], folder: Path) -> None:
             "Go back to the last good checkpoint.",
         )
     if not any(np.any(widened(p.b_RO)) and np.any(widened(p.a_IR)) for p in held):
-        raise AdapterError(f"{folder} is untrained: BA = 0 everywhere, there is no rank to keep")
+        raise AdapterError(f"{folder} is untrained: BA = 0 everywhere", "Train it first.")
 
 
 def decomposed(pair: Pair, x_NI: np.ndarray | None = None) -> Taken:

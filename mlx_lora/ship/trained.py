@@ -75,10 +75,16 @@ def read(given: Path, *, curved: bool = False) -> Trained:
         refuse_curved(config, folder)
     tensors = unpadded(config, stored)
     names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    strange = [n for n in tensors if n.rpartition(".")[2] not in files.FACTORS]
     halves = [n for n in names if not {f"{n}.lora_a", f"{n}.lora_b"} <= tensors.keys()]
-    if halves or not names:
-        shown = ", ".join(halves[:3])
-        raise AdapterError(f"{folder}: {f'half a pair at {shown}' if halves else 'no factors'}")
+    problems = [f"  {n} is no LoRA factor" for n in strange]
+    problems += [f"  {n} has only half of its pair" for n in halves if not strange]
+    if problems or not names:
+        raise AdapterError(
+            f"{folder} holds no LoRA adapter:\n"
+            + ("\n".join(problems) or "  there are no tensors"),
+            "Expected pairs of tensors, `<module>.lora_a` and `<module>.lora_b`.",
+        )
     modules = {n: Factors(tensors[f"{n}.lora_a"], tensors[f"{n}.lora_b"]) for n in names}
     magnitudes = {n: tensors[f"{n}.m"] for n in names if f"{n}.m" in tensors}
     return Trained(folder, config, modules, config["lora_parameters"]["scale"], magnitudes)
@@ -141,7 +147,7 @@ def misfits(trained: Trained, model: nn.Module) -> list[str]:
     """A line for every module that the model lacks, or has in another size."""
     there = {n: m for n, m in model.named_modules() if isinstance(m, (*LINEARS, *EMBEDDINGS))}
     lines = []
-    for name, factors in trained.modules.items():
+    for name, factors in sorted(trained.modules.items()):
         if name not in there:
             lines.append(f"{name}: the model has no such layer. {near(name, there, 1)}"[:200])
             continue

@@ -43,12 +43,16 @@ def dominances(report: LoRAReport) -> Iterator[tuple[str, float]]:
 
 @alerts.add
 def non_finite(report: LoRAReport) -> list[Finding]:
-    """A factor holds NaN or infinity: the adapter is broken."""
+    """A factor or a curve holds NaN or infinity: the adapter is broken."""
     action = "Go back to the last good checkpoint, and lower the learning rate or clip gradients."
     return [
         Finding("non_finite", name, "a factor holds NaN or infinity", action, "fail")
         for name, m in report.adapters.items()
         if m.status == "non_finite"
+    ] + [
+        Finding("non_finite", name, "its curve holds NaN, infinity, or no grid", action, "fail")
+        for name, s in report.splines.items()
+        if s.deviation is None
     ]
 
 

@@ -257,6 +257,7 @@ class LoRAReport:
 
     @property
     def status(self) -> str:
-        """`non_finite` where one module is, `untrained` where all are, else `trained`."""
+        """`non_finite` where a module or curve is, `untrained` where all are, else `trained`."""
         found = {m.status for m in self.adapters.values()}
+        found |= {"non_finite" for s in self.splines.values() if s.deviation is None}
         return next((s for s in ("non_finite", "trained") if s in found), "untrained")

@@ -16,7 +16,7 @@ from mlx_lora.spectral.alerts import find
 from mlx_lora.spectral.dynamics import Look, looks_in, summed_up
 from mlx_lora.spectral.metrics import LoRAReport, LoRAStructuralMetrics
 from mlx_lora.spectral.names import natural, split_expert
-from mlx_lora.spectral.read import of_folder, of_model
+from mlx_lora.spectral.read import adapter_folder, of_folder, of_model
 from mlx_lora.spectral.spectrum import Pair, measure
 from mlx_lora.spectral.splines import SplineMetrics
 from mlx_lora.spectral.structure import structure, suggested_rank
@@ -81,10 +81,11 @@ class LoRAAnalyzer:
             adapters,
             structural,
             summed_up(looks, **(dynamics or {})),
-            suggested_rank=suggested_rank(adapters),
             looks=looks,
             splines=self.splines(),
         )
+        rank = None if report.status == "non_finite" else suggested_rank(adapters)
+        report = replace(report, suggested_rank=rank)
         return replace(report, alerts=find(report, alerts))
 
     def get_rank_utilization(self) -> dict[str, float | None]:
@@ -125,6 +126,16 @@ class LoRAAnalyzer:
             )
         return deep.look(found, self.model, structural, tell=partial(tell, "a deep look"))
 
+    def other_base(self) -> list[str]:
+        """Why the model is not the base that an adapter's folder records, a line each."""
+        from mlx_lora import bases, models
+
+        adapter = self.adapter
+        if not isinstance(adapter, str | Path) or not isinstance(self.model, models.Loaded):
+            return []
+        about = bases.recorded(adapter_folder(adapter))
+        return [f"  {problem}" for problem in bases.compare(about, self.model)[0]]
+
     def measure_bases(self, found: list[Pair], tell: Tell) -> None:
         """σ_max and ‖W‖_F under every module, once. AdapterError lists what does not fit."""
         from mlx_lora import models
@@ -136,7 +147,7 @@ class LoRAAnalyzer:
         model = self.model.model if isinstance(self.model, models.Loaded) else self.model
         missing = [pair for pair in found if pair.name not in self._bases]
         layers = base.frozen_layers(model) if missing else {}
-        problems = []
+        others, problems = self.other_base() if missing else [], []
         for pair in missing:
             name, expert = split_expert(pair.name)
             layer, shape_OI = layers.get(name), (pair.b_RO.shape[1], pair.a_IR.shape[0])
@@ -144,11 +155,11 @@ class LoRAAnalyzer:
                 problems.append(f"  {name} is not in the model. {near(name, layers, 1)}"[:200])
             elif misfit := base.misfit(layer, shape_OI, expert):
                 problems.append(f"  {pair.name}: {misfit}")
-        if problems:
+        if others or problems:
             more = [f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else []
             raise AdapterError(
-                f"{len(problems)} of {len(found)} modules do not fit the base model\n"
-                + "\n".join([*problems[:20], *more]),
+                f"{len(problems) or 'all'} of {len(found)} modules do not fit the base model\n"
+                + "\n".join([*others, *problems[:20], *more]),
                 "Was the adapter trained on another base? Without a base there is still a report.",
             )
         sizes = Sizes(model) if missing else None

@@ -13,6 +13,7 @@ from mlx_lora.adapter.mapped import mapped, widened
 from mlx_lora.adapter.peft import is_peft
 from mlx_lora.adapter.spline_math import Curve, asked, curve_at, knots, slopes
 from mlx_lora.adapter.tensors import WEIGHTS, described
+from mlx_lora.errors import AdapterError
 from mlx_lora.spectral.canvas import HEADLINE, INK, QUIET, blank, inches, shades, whole_numbers
 from mlx_lora.spectral.names import kinds, places
 from mlx_lora.spectral.read import adapter_folder
@@ -32,8 +33,8 @@ class SplineMetrics:
     slope_variance: float | None  # of the slopes of φ over the pieces
     least_slope: float | None  # of these; 0 or less folds the update back
     input_scale: float  # what B A x is multiplied by to come onto the grid
-    output_scale: float  # and back: 1 / input_scale
-    knots: Sequence[float]  # as numbers of B A x
+    output_scale: float | None  # and back: 1 / input_scale
+    knots: Sequence[float]  # as numbers of B A x; none without a scale above 0
     values: Sequence[float]  # φ at them; none where the curve is not finite
 
 
@@ -45,9 +46,22 @@ def of_folder(given: str | Path) -> dict[str, SplineMetrics]:
     curve = asked(described(folder)["lora_parameters"])
     if curve is None:
         return {}
-    tensors = {n: widened(np.asarray(v)) for n, v in mapped(folder / WEIGHTS).items()
-               if n.rpartition(".")[2] in ("spline", "spline_scale")}  # fmt: skip
-    names = [n.removesuffix(".spline") for n in tensors if n.endswith(".spline")]
+    stored = mapped(folder / WEIGHTS)
+    names = [n.removesuffix(".lora_b") for n in stored if n.endswith(".lora_b")]
+    parts = {"spline": (curve.num_knots,), "spline_scale": (1,)}
+    wanted = {f"{n}.{part}": shape for n in names for part, shape in parts.items()}
+    misfits = [
+        f"  {name} is {stored[name].shape if name in stored else 'missing'}, should be {shape}"
+        for name, shape in wanted.items()
+        if name not in stored or stored[name].shape != shape
+    ]
+    if misfits:
+        raise AdapterError(
+            f"{folder}: {len(misfits)} curves do not fit num_knots {curve.num_knots}\n"
+            + "\n".join(misfits),
+            "Are adapter_config.json and adapters.safetensors of one adapter?",
+        )
+    tensors = {name: widened(np.asarray(stored[name])) for name in wanted}
     return {
         n: measure(tensors[f"{n}.spline"], float(tensors[f"{n}.spline_scale"][0]), curve)
         for n in names
@@ -69,9 +83,10 @@ def of_model(model: Any) -> dict[str, SplineMetrics]:
 
 
 def measure(d_K: np.ndarray, input_scale: float, curve: Curve) -> SplineMetrics:
-    """Of how far a curve's values are from its knots."""
-    k_K = knots(curve) / input_scale
-    whole = bool(np.isfinite(d_K).all())
+    """Of how far a curve's values are from its knots; without numbers where it is broken."""
+    placed = math.isfinite(input_scale) and input_scale > 0
+    whole = placed and bool(np.isfinite(d_K).all())
+    k_K = knots(curve) / input_scale if placed else np.empty(0)
     slope_P = 1 + slopes(curve) @ d_K
     values = curve_at(k_K, d_K, input_scale, curve) if whole else np.empty(0)
     return SplineMetrics(
@@ -79,7 +94,7 @@ def measure(d_K: np.ndarray, input_scale: float, curve: Curve) -> SplineMetrics:
         slope_variance=float(slope_P.var()) if whole else None,
         least_slope=float(slope_P.min()) if whole else None,
         input_scale=input_scale,
-        output_scale=1 / input_scale,
+        output_scale=1 / input_scale if placed else None,
         knots=k_K.tolist(),
         values=values.tolist(),
     )
@@ -91,12 +106,13 @@ def headline(splines: Mapping[str, SplineMetrics]) -> str:
     if not known:
         return f"None of {len(splines)} curves is finite"
     values = np.array([s.deviation for s in known.values()])
-    if not values.any():
+    broken = f"; broken: {len(splines) - len(known)}" if len(known) < len(splines) else ""
+    if not values.any() and not broken:
         return f"All {len(known)} curves are straight: the adapter is plain LoRA"
     most = max(known, key=lambda n: known[n].deviation or 0.0)
     return (
         f"{len(known)} curves deviate by {values.mean():.2g} on average, "
-        f"at most by {values.max():.2g} ({short(most)})"
+        f"at most by {values.max():.2g} ({short(most)}){broken}"
     )
 
 
