@@ -492,6 +492,15 @@ def heard_by(model, ids):
     return dict(heard)
 
 
+@pytest.mark.parametrize("method", ["piecewise", "soft"])
+def test_nan_stays_nan(method):
+    curve = Curve(interpolation_method=method)
+    z, d_K = mx.array([float("nan"), 1.0]), mx.ones(5)
+    assert mx.isnan(bent(z, d_K, mx.ones(1), curve)).tolist() == [True, False]
+    bar = mx.grad(lambda z: bent(z, d_K, mx.ones(1), curve)[1])(z)
+    assert abs(bar[1].item() - 1) < 1e-5
+
+
 def test_a_snapshot_puts_grids_back():
     model, _ = attached(Curve())
     optimizer = optim.Adam(1e-3)

@@ -156,6 +156,7 @@ def piecewise(
 
     def pieces(z: mx.array, input_scale: mx.array) -> mx.array:
         place = mx.floor((z * input_scale - curve.k_min) / curve.step)
+        place = mx.where(mx.isnan(place), 0, place)  # which no index may be
         return mx.clip(place, 0, curve.num_knots - 2).astype(mx.uint32)
 
     @mx.custom_function

@@ -153,7 +153,7 @@ def divergence(
     """
     if expect != "same":
         return None
-    text = f"KL to base is {m.kl_mean:.3g} nats per token (p99 {m.kl_p99:.3g}); fine up to {warn:g}"
+    text = f"KL is {m.kl_mean:.3g} nats per token (p99 {m.kl_p99:.3g}); fine up to {warn:g}"
     verdict = graded(m.kl_mean, warn, fail)
     if verdict == "pass" and m.intervals["kl_mean"][1] > warn:
         verdict = "warn"
