@@ -89,32 +89,44 @@ def shipped(write: Any, as_json: bool) -> None:
 def merge(
     adapters: Annotated[list[Path], typer.Argument(help="Two adapter folders or more.")],
     out: Out,
+    model: Base = None,
     method: Annotated[str, typer.Option(help="linear, ties or orthogonal.")] = "linear",
     weights: Annotated[str | None, typer.Option(help="Comma-separated [linear: the mean].")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Of the result [what it takes].")] = None,
     option: Annotated[
         list[str] | None, typer.Option("-o", "--option", help="Of the method: density=0.2")
     ] = None,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """One adapter from several on one base, with the angles between them."""
+    """One adapter from several on one base, with the angles between them.
+
+    Exit code 1 where the check finds the merged adapter broken.
+    """
     from mlx_lora.cli import print_json
     from mlx_lora.config import parse_options
     from mlx_lora.ship import merge as merging
     from mlx_lora.ship.show import print_merged
 
-    found = merging.merge(
-        adapters,
-        out,
-        method=method,
-        weights=numbers(weights),
-        rank=rank,
-        options=parse_options(option or []),
-    ).to_json()
+    try:
+        merged = merging.merge(
+            adapters,
+            out,
+            model=model,
+            method=method,
+            weights=numbers(weights),
+            rank=rank,
+            options=parse_options(option or []),
+            trust_remote_code=trust_remote_code,
+        )
+    except merging.Unsound as unsound:
+        merged = unsound.found
+    found = merged.to_json()
     if as_json:
         print_json(found)
     else:
         print_merged(found)
+    raise typer.Exit(0 if found["out"] else 1)
 
 
 def numbers(text: str | None) -> list[float] | None:

@@ -137,6 +137,8 @@ def print_shrunk(found: Mapping[str, Any]) -> None:
         f"({after / before:.0%}), KL to the adapter as it was {found['kl_mean']:.2g} nats a token"
     )
     console.print(f"Check: {check['verdict']}  {escape('; '.join(check['reasons']))}")
+    for notice in found["notices"]:
+        console.print(f"Note: {escape(notice)}.")
     if found["out"]:
         sizes = f"{found['bytes_before']:,} to {found['bytes_after']:,} bytes"
         console.print(f"{sizes}: {escape(found['out'])}", soft_wrap=True)

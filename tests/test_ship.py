@@ -15,7 +15,7 @@ from mlx_lora.ship import export as exporting
 from mlx_lora.ship import gguf_files, peft_files
 from mlx_lora.ship.export import NotSame, export, import_peft
 from mlx_lora.ship.formats import FORMATS, Target
-from mlx_lora.ship.switch import put_on
+from mlx_lora.ship.switch import wearing
 from mlx_lora.ship.trained import load_base, read, refuse_other_base
 from tests.tiny import COMMON, IDS, tiny_loaded
 
@@ -63,6 +63,18 @@ def test_an_export_that_is_not_the_same_leaves_nothing(trained, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_what_peft_reads_of_a_universal_folder_is_proven_too(trained, tmp_path, monkeypatch):
+    real = peft_files.tensors_of
+
+    def broken(*given):
+        return {n: -3 * v if "lora_B" in n else v for n, v in real(*given).items()}
+
+    monkeypatch.setattr(peft_files, "tensors_of", broken)
+    with pytest.raises(NotSame):
+        export(trained, "universal", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_import_brings_back_what_was_exported(trained, tmp_path):
     written(trained, "peft", tmp_path / "peft", models.load("demo"))
     found = import_peft(tmp_path / "peft", tmp_path / "back", model="demo")
@@ -71,8 +83,12 @@ def test_an_import_brings_back_what_was_exported(trained, tmp_path):
     _, back = files.read(tmp_path / "back")
     assert ours.keys() == back.keys()
     assert all(mx.array_equal(ours[k], back[k]) for k in ours)
-    with pytest.raises(AdapterError, match="no PEFT folder"):
-        import_peft(tmp_path / "back", tmp_path / "again")
+    about = read(tmp_path / "back").about_base
+    assert about == {**bases.identity(models.load("demo")), "model": "demo"}
+    assert "weights are others" in bases.compare(about, tiny_loaded())[0][0]
+    for mine in (tmp_path / "back", tmp_path / "back" / files.WEIGHTS):
+        with pytest.raises(AdapterError, match="no PEFT folder"):
+            import_peft(mine, tmp_path / "again")
     again = import_peft(tmp_path / "peft", tmp_path / "unproven")
     assert again.report is None and again.to_json()["check"] is None
 
@@ -94,8 +110,11 @@ def test_ranks_that_differ_survive_every_format(to, tmp_path):
     fresh = tiny_loaded()
     fresh.config.update(COMMON)
     target = written(folder, to, tmp_path / to, fresh)
-    put_on(fresh.model, FORMATS[to].read_back(target))
-    assert np.allclose(logits(fresh.model), wanted, atol=1e-5)
+    readers = FORMATS[to].read_back(target)
+    assert len(readers) == (2 if to == "universal" else 1)
+    for layers in readers:
+        with wearing(fresh.model, layers):
+            assert np.allclose(logits(fresh.model), wanted, atol=1e-5)
     if to in ("peft", "universal"):
         about = json.loads((target.folder / "adapter_config.json").read_text())
         assert about["rank_pattern"]["model.layers.0.mlp.down_proj"] == 6
@@ -118,6 +137,27 @@ def test_rows_are_turned_for_llama_alone_and_back():
             rows, "model.layers.0.self_attn.v_proj", config, lambda *_: turned
         )
         assert mx.array_equal(value, rows)
+
+
+def test_a_gguf_holds_q_and_k_in_neighbouring_rows_each_by_its_own_heads(tmp_path):
+    """As llama.cpp's converter: row j of a head's first half beside row j of its second."""
+    loaded = tiny_loaded()
+    loaded.config.update(COMMON)
+    folder = adapter(tmp_path / "a", loaded)
+    written(folder, "gguf", tmp_path / "g", loaded)
+    stored = mx.load(str(tmp_path / "g" / "adapter.gguf"))
+    _, ours = files.read(folder)
+    half = COMMON["head_dim"] // 2
+    heads = {"q": COMMON["num_attention_heads"], "k": COMMON["num_key_value_heads"], "v": 0}
+    assert heads["q"] != heads["k"]
+    for kind, count in heads.items():
+        b_OR = np.array(ours[f"model.layers.1.self_attn.{kind}_proj.lora_b"]).T
+        rows = [h * 2 * half + side * half + j for h in range(count) for j in range(half)
+                for side in (0, 1)]  # fmt: skip
+        assert sorted(rows or range(len(b_OR))) == list(range(len(b_OR)))
+        wanted = b_OR[rows] if rows else b_OR
+        found = np.array(stored[f"blk.1.attn_{kind}.weight.lora_b"])
+        assert np.array_equal(found, wanted), kind
 
 
 def test_the_gguf_file_says_what_llama_cpp_wants(trained, tmp_path):
@@ -183,6 +223,25 @@ class TestWhatAFormatCannotHold:
         tied = {"model_type": "llama", "tie_word_embeddings": True}
         assert "tied" in self.refused(tmp_path / "t", "peft", tied)[0]
         assert not self.refused(tmp_path / "t", "peft")
+
+    def test_embeddings_that_are_the_head_though_no_config_says_so(self, tmp_path, monkeypatch):
+        for kind, tied in (("llama", True), ("gemma", False)):  # a gemma always shares them
+            monkeypatch.setitem(COMMON, "tie_word_embeddings", tied)
+            loaded = tiny_loaded(kind)
+            folder = adapter(tmp_path / kind, loaded, keys=["q_proj", "embed_tokens"])
+            assert not self.refused(folder, "peft")
+            for to in ("peft", "universal"):
+                with pytest.raises(AdapterError, match="tied output head"):
+                    written(folder, to, tmp_path / f"{kind}_{to}", loaded)
+        folder = adapter(tmp_path / "apart", keys=["q_proj", "embed_tokens"])
+        written(folder, "peft", tmp_path / "peft", tiny_loaded())
+        import_peft(tmp_path / "peft", tmp_path / "back")
+        for place in (tmp_path / "peft", tmp_path / "back"):
+            files.load(tiny_loaded().model, place)
+        monkeypatch.setitem(COMMON, "tie_word_embeddings", True)
+        for place in (tmp_path / "peft", tmp_path / "back"):
+            with pytest.raises(AdapterError, match="embed_tokens and not the output head"):
+                files.load(tiny_loaded().model, place)
 
     def test_everything_at_once_with_exit_code_2(self, run_cli, trained, tmp_path):
         about = json.loads((trained / files.CONFIG).read_text())

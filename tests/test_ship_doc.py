@@ -18,7 +18,6 @@ from mlx_lora.ship.talk import Manner, answers
 from mlx_lora.ship.trained import read
 from tests.test_metrics_doc import documented, emitted
 from tests.test_ship import adapter
-from tests.tiny import tiny_loaded
 
 PAGE = (Path(__file__).parent.parent / "docs" / "ship.md").read_text(encoding="utf-8")
 
@@ -34,9 +33,8 @@ def test_an_export_prints_the_documented_keys(demo):
     assert emitted(found) == documented("export --json")
 
 
-def test_a_merge_writes_the_documented_keys(tmp_path):
-    folders = [adapter(tmp_path / name, tiny_loaded(), keys=["q_proj"]) for name in "ab"]
-    merge(folders, tmp_path / "m")
+def test_a_merge_writes_the_documented_keys(demo, tmp_path):
+    merge([demo, demo], tmp_path / "m")
     told = json.loads((tmp_path / "m" / "merge.json").read_text())
     assert emitted(told) == documented("merge.json")
 

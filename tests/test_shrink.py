@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
-from mlx_lora import cli, models
+from mlx_lora import bases, cli, models
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, lora_layers
 from mlx_lora.adapter.tensors import unpadded
@@ -208,6 +208,12 @@ def test_a_shrunk_adapter_loads_and_computes_the_same(trained, tmp_path, capsys)
     assert found["parameters_after"] < found["parameters_before"] * 0.75
     assert found["bytes_after"] < found["bytes_before"]
     assert found["check"]["verdict"] == "pass" and found["kl_mean"] < 1e-6
+    check = json.loads((tmp_path / "small" / "check.json").read_text())
+    assert (check["verdict"], check["expect"], check["kl_mean"]) == (
+        "pass",
+        "same",
+        found["kl_mean"],
+    )
     np.testing.assert_allclose(logits(tmp_path / "small"), logits(trained), atol=1e-3)
     config, _ = files.read(tmp_path / "small")
     assert set(config["rank_pattern"].values()) == {3} and config["lora_parameters"]["rank"] == 6
@@ -265,9 +271,30 @@ def test_the_base_is_quantized_as_it_was_recorded(trained, tmp_path, monkeypatch
     about = config | {"base": {"model": "demo", "quantization": eight}}
     files.save(loaded.model, about, tmp_path / "eight")
     shrink(tmp_path / "eight", tmp_path / "small", by="energy")
-    assert asked == [(("demo",), {"quantize": eight})]
+    assert asked == [(("demo",), {"rebuild": eight, "trust_remote_code": False})]
     kept, _ = files.read(tmp_path / "small")
     assert kept["base"] == about["base"]
+
+
+def test_a_run_on_a_base_of_its_own_is_judged_on_that(tmp_path):
+    loaded = models.load("demo")
+    config = attach(loaded, rank=4, keys=["q_proj"], init="pissa")
+    models.save_base(loaded, tmp_path / "run" / "base")
+    config |= {"base": bases.identity(loaded)}
+    files.save(loaded.model, config, tmp_path / "run" / "adapters")
+    found = shrink(tmp_path / "run", tmp_path / "small", by="size", options={"share": 1.0})
+    assert found["check"]["verdict"] == "pass" and found["kl_mean"] < 1e-6 and not found["notices"]
+    with pytest.raises(AdapterError, match="give that run's base folder"):
+        shrink(tmp_path / "run", tmp_path / "small2", model="demo")
+
+
+def test_a_file_may_stand_for_its_folder(trained, tmp_path):
+    file = trained / "adapters.safetensors"
+    found = shrink(file, tmp_path / "small", by="size", options={"share": 1.0}, weigh=False)
+    assert found["bytes_before"] == file.stat().st_size
+    checkpoint = tmp_path / "0000100_adapters.safetensors"
+    checkpoint.write_bytes(b"123")
+    assert shrinking.size_on_disk(checkpoint) == 3
 
 
 def test_nothing_is_overwritten_or_guessed(trained, tmp_path):
@@ -284,7 +311,7 @@ def test_nothing_is_overwritten_or_guessed(trained, tmp_path):
     bare.mkdir()
     (bare / "adapter_config.json").write_text(json.dumps(config))
     (bare / "adapters.safetensors").write_bytes((trained / "adapters.safetensors").read_bytes())
-    with pytest.raises(AdapterError, match="does not say what its base is"):
+    with pytest.raises(AdapterError, match="does not say which base"):
         shrink(bare, tmp_path / "x")
 
 

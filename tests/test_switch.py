@@ -40,6 +40,9 @@ def test_switching_gives_each_adapter_and_the_base_to_the_bit(bits, tmp_path):
     adapters.unload("one")
     assert adapters.names == ["two"] and adapters.current is None
     assert np.array_equal(logits(loaded), base) and not lora_layers(loaded.model)
+    adapters.use("two")
+    assert adapters.load(one) == "one", "while another is in force"
+    assert np.array_equal(logits(loaded), alone(two, bits=bits))
 
 
 @pytest.mark.parametrize("dora", [False, True])

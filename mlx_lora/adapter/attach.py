@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,6 +195,21 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     """Every LoRA layer by its full name, in the model's order."""
     found = reversed(model.named_modules())  # MLX walks from the end
     return {name: m for name, m in found if isinstance(m, LORA_LAYERS)}
+
+
+def heads_in(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of these modules that are embeddings and the output head in one: there is no other.
+
+    mlx-lm's LoRA layer adapts both, PEFT's the embedding alone.
+    """
+    widths = {m.weight.shape[-2] for m in model.modules() if isinstance(m, LINEARS)}
+    there = dict(model.named_modules())
+    tables = {name: there.get(f"{name}.embedding", there.get(name)) for name in names}
+    return [
+        name
+        for name, table in tables.items()
+        if isinstance(table, EMBEDDINGS) and table.weight.shape[0] not in widths
+    ]
 
 
 def blocks(model: nn.Module) -> Sequence[Any]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_lora import cpu
-from mlx_lora.adapter.attach import FACTORS, expand_keys, lora_layers, to_lora_layers
+from mlx_lora.adapter.attach import FACTORS, expand_keys, heads_in, lora_layers, to_lora_layers
 from mlx_lora.adapter.spline import refuse_unsound
 from mlx_lora.adapter.tensors import CONFIG, WEIGHTS, digest, folder_of, padded, read, unpadded
 from mlx_lora.errors import AdapterError, near
+
+Reading = Callable[[Path], tuple[dict[str, Any], dict[str, mx.array]]]  # config and tensors
 
 __all__ = ["CONFIG", "FACTORS", "WEIGHTS", "folder_of", "load", "put", "read", "save", "write"]
 
@@ -55,9 +57,9 @@ def rank_of(a: mx.array) -> int:
     return a.shape[-2] if a.ndim == 3 else a.shape[-1]
 
 
-def load(model: nn.Module, folder: Path) -> dict[str, Any]:
+def load(model: nn.Module, folder: Path, reading: Reading = read) -> dict[str, Any]:
     """Attach the adapter in `folder`. Unlike mlx-lm, missing tensors are an error too."""
-    config, tensors = read(folder)
+    config, tensors = reading(folder)
     refuse_unsound(tensors, folder)
     parameters = {"dropout": 0.0, **config["lora_parameters"]}
     keys = parameters.get("keys")
@@ -66,6 +68,13 @@ def load(model: nn.Module, folder: Path) -> dict[str, Any]:
     model.freeze()
     dora = config.get("fine_tune_type") == "dora"
     to_lora_layers(model, config.get("num_layers", -1), parameters, dora=dora)
+    shared = heads_in(model, {name.rpartition(".")[0] for name in tensors})
+    if config.get("heads_apart") and shared:
+        raise AdapterError(
+            f"{folder}: PEFT adapted {', '.join(shared)} and not the output head that shares its "
+            "weight, where mlx-lm's layer adapts both",
+            "Merge the adapter into its base with PEFT, and convert that.",
+        )
     wanted = {
         name: value.shape
         for name, value in tree_flatten(model.parameters())

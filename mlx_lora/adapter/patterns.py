@@ -7,10 +7,25 @@ from typing import Any
 from mlx_lora.errors import AdapterError, near
 
 
-def matching(pattern: str, modules: Sequence[str]) -> list[str]:
-    """The modules that a pattern means: as in PEFT a regular expression for the end of a name.
+def fits(pattern: str, name: str) -> bool:
+    """Whether a pattern means a module: as in PEFT a regular expression for the end of its name.
 
     It begins where the name does, or behind a dot. AdapterError where it is no expression.
+
+    >>> [fits("q_proj|v_proj", f"layers.0.{name}") for name in ("q_proj", "qv_proj")]
+    [True, False]
+    """
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+    except re.error as error:
+        raise AdapterError(
+            f"{pattern!r} is no regular expression: {error}. A pattern is the end of "
+            "a module's name, like q_proj or layers.0.mlp.up_proj; `.*` stands for anything"
+        ) from error
+
+
+def matching(pattern: str, modules: Sequence[str]) -> list[str]:
+    """The modules that a pattern means.
 
     >>> matching("q_proj", ["layers.0.self_attn.q_proj", "layers.0.self_attn.seq_proj"])
     ['layers.0.self_attn.q_proj']
@@ -20,14 +35,7 @@ def matching(pattern: str, modules: Sequence[str]) -> list[str]:
     >>> matching("layers[.]1[.].*", names)
     ['layers.1.mlp.up_proj']
     """
-    try:
-        known = re.compile(rf"(.*\.)?({pattern})")
-    except re.error as error:
-        raise AdapterError(
-            f"rank_pattern: {pattern!r} is no regular expression: {error}. A pattern is the end of "
-            "a module's name, like q_proj or layers.0.mlp.up_proj; `.*` stands for anything"
-        ) from error
-    return [name for name in modules if known.fullmatch(name)]
+    return [name for name in modules if fits(pattern, name)]
 
 
 def ranks_of(
@@ -47,7 +55,7 @@ def ranks_of(
         try:
             found[key] = matching(key, modules)
         except AdapterError as error:
-            problems.append(str(error))
+            problems.append(f"rank_pattern: {error}")
             continue
         if not found[key]:
             known = modules if "." in key else {name.rpartition(".")[2] for name in modules}

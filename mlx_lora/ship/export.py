@@ -15,7 +15,7 @@ from mlx_lora.runlog import refuse_occupied
 from mlx_lora.ship import peft_files, proof
 from mlx_lora.ship.formats import FORMATS, Target
 from mlx_lora.ship.switch import layers_of
-from mlx_lora.ship.trained import Trained, base_name, load_base, read
+from mlx_lora.ship.trained import Trained, base_name, left_out, load_base, read
 
 
 class NotSame(Exception):
@@ -92,13 +92,14 @@ def import_peft(
 ) -> Shipped:
     """Write a PEFT adapter as a folder for mlx-lm; with `model`, proven on it."""
     refuse_occupied(out)
-    if (adapter / files.WEIGHTS).is_file():
+    if (files.folder_of(str(adapter)) / files.WEIGHTS).is_file():
         raise AdapterError(
             f"{adapter} is no PEFT folder but mlx-lm's own, and can be used as it is",
             "`mlx-lora export --to mlx` writes it anew.",
         )
     trained = read(adapter)
-    loaded, notices, report = None, [], None
+    loaded, report = None, None
+    notices = [] if model else left_out(trained.folder, None)
     if model:
         loaded, notices = load_base(trained, model, trust_remote_code=trust_remote_code)
     called = model or trained.about_base.get("model") or ""

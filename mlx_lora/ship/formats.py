@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.adapter import files
-from mlx_lora.adapter.attach import EMBEDDINGS
+from mlx_lora import bases
+from mlx_lora.adapter import files, peft
+from mlx_lora.adapter.attach import EMBEDDINGS, heads_in
+from mlx_lora.errors import AdapterError
 from mlx_lora.models import Loaded
 from mlx_lora.ship import gguf_files, peft_files
 from mlx_lora.ship.switch import Layers, layers_of, layers_with
@@ -31,12 +33,16 @@ class Format:
     about: str
     refusals: Callable[[Trained, Mapping[str, Any]], list[str]]
     write: Callable[[Trained, Target], None]
-    read_back: Callable[[Target], Layers]
+    read_back: Callable[[Target], list[Layers]]  # by everything that is meant to read it
 
 
-def mlx_config(trained: Trained, base: str | None) -> dict[str, Any]:
-    """adapter_config.json for mlx-lm, whatever the adapter came from."""
-    about = {**trained.about_base, **({"model": base} if base else {})}
+def mlx_config(trained: Trained, target: Target) -> dict[str, Any]:
+    """adapter_config.json for mlx-lm, whatever the adapter came from.
+
+    Of the base it records what the adapter did, and else that of the base it is proven on.
+    """
+    about = {**(bases.identity(target.loaded) if target.loaded else {}), **trained.about_base}
+    about |= {"model": target.base} if target.base else {}
     parameters = {"dropout": 0.0, **trained.config["lora_parameters"], "rank": trained.rank}
     return {**trained.config, "lora_parameters": parameters, "base": about}
 
@@ -50,7 +56,7 @@ def mlx_tensors(trained: Trained) -> dict[str, Any]:
 
 
 def write_mlx(trained: Trained, target: Target) -> None:
-    files.write(mlx_config(trained, target.base), mlx_tensors(trained), target.folder)
+    files.write(mlx_config(trained, target), mlx_tensors(trained), target.folder)
 
 
 def write_peft(trained: Trained, target: Target) -> None:
@@ -69,17 +75,30 @@ def write_gguf(trained: Trained, target: Target) -> None:
     gguf_files.write(trained, target.folder / gguf_files.WEIGHTS, target.loaded.config)
 
 
-def read_folder(target: Target) -> Layers:
-    return layers_of(target.loaded.model, target.folder)
+def read_mlx(target: Target) -> list[Layers]:
+    return [layers_of(target.loaded.model, target.folder)]
 
 
-def read_gguf(target: Target) -> Layers:
+def read_peft(target: Target) -> list[Layers]:
+    return [layers_of(target.loaded.model, target.folder, peft.read_peft)]
+
+
+def read_universal(target: Target) -> list[Layers]:
+    return read_mlx(target) + read_peft(target)
+
+
+def read_gguf(target: Target) -> list[Layers]:
     found = gguf_files.read(target.folder / gguf_files.WEIGHTS, target.loaded.config)
-    return layers_with(target.loaded.model, *found)
+    return [layers_with(target.loaded.model, *found)]
 
 
 def embeddings(trained: Trained, loaded: Loaded) -> frozenset[str]:
-    """Modules of the adapter that are embeddings in this model."""
+    """Modules of the adapter that are embeddings in this model. AdapterError where one is the head.
+
+    Configs need not say so: mlx-lm has models that always share the two.
+    """
+    if shared := heads_in(loaded.model, trained.modules):
+        raise AdapterError(f"PEFT cannot hold {trained.folder}: {unlike_tied(shared)}")
     there = {n for n, m in loaded.model.named_modules() if isinstance(m, EMBEDDINGS)}
     return frozenset(there & trained.modules.keys())
 
@@ -104,10 +123,12 @@ def unfit_for_peft(trained: Trained, config: Mapping[str, Any]) -> list[str]:
     problems = unlike_plain_lora(trained)
     text = config.get("text_config") or config
     if embedded(trained) and text.get("tie_word_embeddings"):
-        problems.append(
-            f"{named(embedded(trained))}: mlx-lm adapts the tied output head with it, PEFT does not"
-        )
+        problems.append(unlike_tied(embedded(trained)))
     return problems
+
+
+def unlike_tied(modules: list[str]) -> str:
+    return f"{named(modules)}: mlx-lm adapts the tied output head with it, PEFT does not"
 
 
 def unfit_for_gguf(trained: Trained, config: Mapping[str, Any]) -> list[str]:
@@ -136,10 +157,13 @@ def named(modules: list[str]) -> str:
 
 
 FORMATS = {
-    "mlx": Format("mlx-lm's own, plain", lambda *_: [], write_mlx, read_folder),
-    "peft": Format("for PEFT and transformers", unfit_for_peft, write_peft, read_folder),
+    "mlx": Format("mlx-lm's own, plain", lambda *_: [], write_mlx, read_mlx),
+    "peft": Format("for PEFT and transformers", unfit_for_peft, write_peft, read_peft),
     "gguf": Format("one file for llama.cpp", unfit_for_gguf, write_gguf, read_gguf),
     "universal": Format(
-        "one folder for mlx-lm, PEFT and transformers", unfit_for_peft, write_universal, read_folder
+        "one folder for mlx-lm, PEFT and transformers",
+        unfit_for_peft,
+        write_universal,
+        read_universal,
     ),
 }

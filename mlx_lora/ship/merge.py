@@ -1,9 +1,10 @@
 """`mlx-lora merge`: one adapter from several on one base, and how far they are in the way."""
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,25 @@ import numpy as np
 from mlx_lora import bases
 from mlx_lora.adapter import files
 from mlx_lora.adapter.tensors import labels
+from mlx_lora.check.gate import Report, check
 from mlx_lora.errors import AdapterError, ConfigError
+from mlx_lora.models import Loaded
 from mlx_lora.runlog import RunLog, atomically, refuse_occupied
+from mlx_lora.ship import proof
 from mlx_lora.ship.algebra import Thin, decomposed, overlap, product, rebuilt
 from mlx_lora.ship.export import whole
-from mlx_lora.ship.methods import methods
+from mlx_lora.ship.formats import named
+from mlx_lora.ship.methods import Way, methods
 from mlx_lora.ship.plots import overlap_plot
-from mlx_lora.ship.trained import Trained, read, sizes_of
+from mlx_lora.ship.trained import (
+    Trained,
+    base_name,
+    load_base,
+    rank_of,
+    read,
+    refuse_other_base,
+    sizes_of,
+)
 
 MERGED, PICTURE = "merge.json", "merge.png"
 
@@ -28,7 +41,8 @@ MERGED, PICTURE = "merge.json", "merge.png"
 class Merged:
     """What was merged, how much of it the rank holds, and how the adapters lie to each other."""
 
-    folder: Path
+    folder: Path | None  # None: the check failed, nothing was written
+    base: str
     method: str
     names: list[str]
     weights: list[float]
@@ -36,10 +50,12 @@ class Merged:
     kept: float  # of ‖merged update‖², what the rank holds
     pairs: list[dict[str, Any]]
     notices: list[str]
+    report: Report | None = None  # base against merged
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "out": str(self.folder),
+            "out": None if self.folder is None else str(self.folder),
+            "base": self.base,
             "method": self.method,
             "adapters": self.names,
             "weights": self.weights,
@@ -48,24 +64,36 @@ class Merged:
             "kept": self.kept,
             "pairs": self.pairs,
             "notices": self.notices,
+            "check": proof.summary(self.report) if self.report else None,
         }
+
+
+class Unsound(Exception):
+    """The check failed the merged adapter, so nothing was left behind. Carries the rest."""
+
+    def __init__(self, found: Merged) -> None:
+        super().__init__("; ".join(found.report.reasons if found.report else []))
+        self.found = found
 
 
 def merge(
     adapters: Sequence[Path],
     out: Path,
     *,
+    model: str | None = None,
     method: str = "linear",
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     options: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Merged:
     """Write one adapter that does what several do, each times its weight.
 
     Unless told: the mean in linear, 1 each in the others.
 
     Exact where `rank` is not given, up to rounding; ties, of full rank, then gets the sum of their
-    ranks. AdapterError lists everything that keeps them apart.
+    ranks. `model` is their base, if not the one that they recorded. AdapterError lists everything
+    that keeps them apart; Unsound is raised, leaving nothing behind, where the check fails.
     """
     way = methods.bind(method, options or {})
     refuse_occupied(out)
@@ -76,11 +104,45 @@ def merge(
             f"{len(adapters)} adapters and {len(weights)} weights",
             "Name two adapters or more, and a weight for each or none.",
         )
-    if method == "ties" and min(weights) <= 0:
-        raise ConfigError(f"ties votes with its weights, which are above 0, got {min(weights)}")
+    if not all(map(math.isfinite, weights)):
+        raise ConfigError(f"weights are finite numbers, got {', '.join(map(str, weights))}")
     trained = [read(path) for path in adapters]
     notices = refuse_strangers(trained)
+    name, loaded, more = opened(trained, model, trust_remote_code)
     names = labels([t.folder for t in trained])
+    factors, ranks, kept = blended(trained, way, weights, rank)
+    pairs = [compared(names[i], names[j], trained[i], trained[j]) for i, j in pairs_of(trained)]
+    found = Merged(out, name, method, names, weights, ranks, kept, pairs, [*notices, *more])
+    with whole(out) as folder:
+        files.write(config_of(trained, found, loaded), factors, folder)
+        found = proven(found, loaded, folder)
+        write_figures(found, folder)
+    return found
+
+
+def opened(trained: Sequence[Trained], model: str | None, trust: bool) -> tuple[str, Loaded, list]:
+    """The name of the adapters' base, the base, and what to know of it."""
+    first = next((t for t in trained if t.about_base.get("model")), trained[0])
+    name = base_name(first, model)
+    loaded, notices = load_base(first, name, trust_remote_code=trust)
+    for other in trained:
+        notices += refuse_other_base(other, loaded)
+    return name, loaded, list(dict.fromkeys(notices))
+
+
+def proven(merged: Merged, loaded: Loaded, folder: Path) -> Merged:
+    """The merged adapter with its check, base against merged, which lies beside it."""
+    found = replace(merged, report=(report := check(loaded, adapter=folder)))
+    if report.exit_code:
+        raise Unsound(replace(found, folder=None))
+    proof.write(report, folder)
+    return found
+
+
+def blended(
+    trained: Sequence[Trained], way: Way, weights: Sequence[float], rank: int | None
+) -> tuple[dict[str, mx.array], dict[str, int], float]:
+    """The merged factors, their ranks by module, and the share of ‖merged update‖² they hold."""
     modules = sorted({name for t in trained for name in t.modules})
     factors, ranks, held, total = {}, {}, 0.0, 0.0
     for module in modules:
@@ -93,13 +155,7 @@ def merge(
         factors[f"{module}.lora_b"] = mx.array(thin.b_KO.astype(np.float32))
         ranks[module] = thin.a_IK.shape[1]
         held, total = held + product(thin, thin), total + energy
-    pairs = [compared(names[i], names[j], trained[i], trained[j]) for i, j in pairs_of(trained)]
-    kept = min(held / total, 1.0) if total else 1.0
-    merged = Merged(out, method, names, weights, ranks, kept, pairs, notices)
-    with whole(out) as folder:
-        files.write(config_of(trained, merged), factors, folder)
-        write_figures(merged, folder)
-    return merged
+    return factors, ranks, min(held / total, 1.0) if total else 1.0
 
 
 def refuse_strangers(trained: Sequence[Trained]) -> list[str]:
@@ -110,6 +166,10 @@ def refuse_strangers(trained: Sequence[Trained]) -> list[str]:
             problems.append(f"{t.folder} is a DoRA adapter: its update is no product of factors")
         if t.experts:
             problems.append(f"{t.folder} adapts stacked experts, whose factors are not merged yet")
+        if not math.isfinite(t.scale):
+            problems.append(f"{t.folder}: its scale is {t.scale}")
+        if t.broken:
+            problems.append(f"{t.folder}: NaN or infinity in {named(t.broken)}")
     first, *others = trained
     for other in others:
         problems += apart(first, other)
@@ -130,17 +190,29 @@ def apart(a: Trained, b: Trained) -> list[str]:
     if None not in kinds and kinds[0] != kinds[1]:
         lines.append(f"{a.folder} is for a {kinds[0]}, {b.folder} for a {kinds[1]}")
     sketches: list[Any] = [t.about_base.get("sketch") for t in (a, b)]
-    rebased = a.rebased or b.rebased
+    known_same = bool(sketches[0]) and sketches[0] == sketches[1]
     if all(sketches) and not bases.same_base(*sketches):
         lines.append(f"{a.folder} and {b.folder} were trained on other weights")
-    elif rebased and sketches[0] != sketches[1]:
-        lines.append(f"{a.folder} and {b.folder}: an init gave one of them a base of its own")
+    elif own_base(a) != own_base(b) or (a.rebased and not known_same):
+        names = [(t.config.get("init") or {}).get("name", "none") for t in (a, b)]
+        lines.append(
+            f"{a.folder} and {b.folder}: an init gave one of them a base of its own, and they are "
+            f"not known to be on the same ({names[0]} at rank {a.rank}, {names[1]} at {b.rank})"
+        )
     for name in sorted(a.modules.keys() & b.modules.keys()):
         x, y = sizes_of(a.modules[name]), sizes_of(b.modules[name])
         if x != y:
             said = f"{x[0]} to {x[1]} in {a.folder}, {y[0]} to {y[1]} in {b.folder}"
             lines.append(f"{name} is {said}")
     return lines
+
+
+def own_base(trained: Trained) -> Mapping[str, Any] | None:
+    """What the base depends on that an init wrote; None where it is the original."""
+    if not trained.rebased:
+        return None
+    ranks = {name: rank_of(factors) for name, factors in trained.modules.items()}
+    return {**trained.config["init"], "measured": None, "ranks": ranks}
 
 
 def thin_of(trained: Trained, module: str) -> Thin:
@@ -178,11 +250,10 @@ def compared(name_a: str, name_b: str, a: Trained, b: Trained) -> dict[str, Any]
     }
 
 
-def config_of(trained: Sequence[Trained], merged: Merged) -> dict[str, Any]:
+def config_of(trained: Sequence[Trained], merged: Merged, loaded: Loaded) -> dict[str, Any]:
     """adapter_config.json of the merged adapter: modules that one of them lacks stay at B = 0."""
     keys = sorted({re.sub(r"^.*?\blayers\.\d+\.", "", module) for module in merged.ranks})
     rank = max(merged.ranks.values())
-    about = dict(trained[0].about_base)
     return {
         "fine_tune_type": "lora",
         "num_layers": -1,
@@ -193,7 +264,8 @@ def config_of(trained: Sequence[Trained], merged: Merged) -> dict[str, Any]:
             "adapters": [str(t.folder) for t in trained],
             "weights": merged.weights,
         },
-        **({"base": about} if about else {}),
+        **({"init": trained[0].config["init"]} if trained[0].rebased else {}),
+        "base": {**bases.identity(loaded), **trained[0].about_base},
     }
 
 

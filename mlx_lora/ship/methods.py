@@ -11,7 +11,8 @@ from mlx_lora.registry import Table
 from mlx_lora.ship.algebra import Decomposed, Thin, added, decomposed, outside, product, span
 
 Share = Annotated[float, Field(gt=0, le=1)]
-methods: Table[Callable[..., tuple[Decomposed, float]]] = Table("merge method")
+Way = Callable[..., tuple[Decomposed, float]]  # the merged update of a layer, and its ‖Δ‖²
+methods: Table[Way] = Table("merge method")
 
 
 @methods.add
@@ -50,16 +51,18 @@ def ties(
 ) -> tuple[Decomposed, float]:
     """TIES (Yadav et al. 2023): the largest `density` of each update, a vote on signs, their mean.
 
-    The result has full rank: of it the adapter holds the best part of its rank.
+    Each update counts times its weight, in the vote and in the mean: weights that are all λ are the
+    paper's λ. The result has full rank: of it the adapter holds the best part of its rank.
     """
-    dense = [trimmed((p.a_IK @ p.b_KO).astype(np.float32), density) for p in parts]
-    votes = np.sign(sum(w * d for w, d in zip(weights, dense, strict=True)))
+    scaled = [part.times(weight) for part, weight in zip(parts, weights, strict=True)]
+    dense = [trimmed((p.a_IK @ p.b_KO).astype(np.float32), density) for p in scaled]
+    votes = np.sign(sum(dense))
     total = np.zeros_like(votes)
     voters = np.zeros_like(votes)
-    for weight, update in zip(weights, dense, strict=True):
+    for update in dense:
         agrees = (np.sign(update) == votes) & (update != 0)
-        total += np.where(agrees, weight * update, 0)
-        voters += np.where(agrees, weight, 0)
+        total += np.where(agrees, update, 0)
+        voters += agrees
     merged_IO = np.divide(total, voters, out=total, where=voters != 0)
     u, s, v = randomized_svd(merged_IO, most, np.random.default_rng(0))
     return Decomposed(u, s, v), float(np.square(merged_IO, dtype=np.float64).sum())

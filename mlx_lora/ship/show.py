@@ -145,14 +145,17 @@ def print_repaired(found: Mapping[str, Any]) -> None:
 
 
 def print_merged(found: Mapping[str, Any]) -> None:
-    say(f"{found['method']} of {len(found['adapters'])} adapters: {found['out']}, "
+    say(f"{found['method']} of {len(found['adapters'])} adapters: {found['out'] or 'none'}, "
         f"{found['modules']} modules of rank up to {found['rank']}, which hold "
         f"{found['kept']:.1%} of the merged update")  # fmt: skip
     for pair in found["pairs"]:
         say(f"  {pair['a']} and {pair['b']}: cosine of their updates {pair['cosine']:.3f}, "
             f"shared inputs {pair['overlap_inputs']:.1%}, outputs {pair['overlap_outputs']:.1%}"
         )  # fmt: skip
+    print_check(found["check"], "base against merged")
     print_notices(found["notices"])
+    if not found["out"]:
+        say("Nothing was written: it is not sound. Smaller --weights change less.")
 
 
 def print_answers(found: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora import cpu, models
+from mlx_lora import cpu
 from mlx_lora.adapter import files, peft
 from mlx_lora.adapter.attach import PLACED, lora_layers
 from mlx_lora.adapter.listen import layer_inputs
@@ -26,9 +26,10 @@ from mlx_lora.data import Text
 from mlx_lora.errors import AdapterError
 from mlx_lora.models import Loaded
 from mlx_lora.runlog import json_safe, refuse_occupied
+from mlx_lora.ship import proof
 from mlx_lora.ship.export import whole
 from mlx_lora.ship.ranks import Spent, rules
-from mlx_lora.ship.trained import refuse_curved
+from mlx_lora.ship.trained import base_name, load_base, read
 from mlx_lora.spectral.gram import NOISE
 from mlx_lora.spectral.names import split_expert
 from mlx_lora.spectral.read import adapter_folder
@@ -101,12 +102,11 @@ def shrink(
     """
     begin = time.perf_counter()
     rule = rules.bind(by, dict(options or {}))
-    folder = adapter_folder(adapter)
-    config, tensors = files.read(folder)
-    refuse_curved(config, folder)
     refuse_occupied(out)
-    base = config.get("base") or {}
-    loaded = models.load(base_of(base, model, folder), quantize=base.get("quantization"))
+    trained = read(adapter_folder(adapter))
+    folder = trained.folder
+    loaded, notices = load_base(trained, base_name(trained, model))
+    config, tensors = files.read(folder)
     files.load(loaded.model, folder)
     layers = lora_layers(loaded.model)
     original: Factors = {name: (m.lora_a, m.lora_b) for name, m in layers.items()}
@@ -129,23 +129,18 @@ def shrink(
     shrunk = cut(original, taken, ranks)
     put(layers, shrunk)
     cpu.follow(loaded.model)
-    report = judged(before, Side(loaded), texts, None, "same", None, begin, 0, about=base)
+    report = judged(
+        before, Side(loaded), texts, None, "same", None, begin, 0, about=trained.about_base
+    )
     if report.exit_code == 0:
         with whole(out) as part:
             write(tensors, config, shrunk, part)
+            proof.write(report, part)
     written = out if report.exit_code == 0 else None
-    return summary(
+    done = summary(
         folder, written, by, options or {}, spent, shrunk, original, ranks, report, weighed=weigh
     )
-
-
-def base_of(base: Mapping[str, Any], model: str | None, folder: Path) -> str:
-    name = model or base.get("model")
-    if not name:
-        raise AdapterError(
-            f"{folder} does not say what its base is", "Name it with --model: the check needs it."
-        )
-    return str(name)
+    return done | {"notices": notices}
 
 
 def refuse_unfit(held: Sequence[Pair], folder: Path) -> None:
@@ -260,6 +255,7 @@ def parameters(factors: Factors) -> int:
     return sum(a.size + b.size for a, b in factors.values())
 
 
-def size_on_disk(folder: Path) -> int:
-    """Bytes of the factors' file, in either format."""
-    return next(f.stat().st_size for n in (WEIGHTS, peft.WEIGHTS) if (f := folder / n).is_file())
+def size_on_disk(adapter: Path) -> int:
+    """Bytes of the factors' file, in either format; `adapter` is its folder, or a checkpoint."""
+    places = (adapter, adapter / WEIGHTS, adapter / peft.WEIGHTS)
+    return next(place.stat().st_size for place in places if place.is_file())

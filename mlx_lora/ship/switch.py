@@ -53,10 +53,12 @@ def wearing(model: nn.Module, layers: Layers) -> Iterator[None]:
         put_on(model, before)
 
 
-def layers_of(model: nn.Module, folder: Path) -> dict[str, Any]:
+def layers_of(
+    model: nn.Module, folder: Path, reading: files.Reading = files.read
+) -> dict[str, Any]:
     """LoRA layers of an adapter folder over the model's own layers; the model stays without."""
     with wearing(model, {}):
-        files.load(model, folder)
+        files.load(model, folder, reading)
         return take_off(model)
 
 
@@ -105,8 +107,8 @@ class Adapters:
         name = name or folder.resolve().name
         if name in self._layers:
             raise AdapterError(f"there is an adapter named {name} already", "Give it another name.")
-        self.notices += refuse_other_base(read(folder, curved=True), self.loaded)
         with wearing(self.loaded.model, {}):
+            self.notices += refuse_other_base(read(folder, curved=True), self.loaded)
             layers = layers_of(self.loaded.model, folder)
         self._layers[name] = layers
         self._whole[name] = [(float(m.scale), m.get("m")) for m in layers.values()]

@@ -1,5 +1,6 @@
 """An adapter apart from its model, and the base that it belongs to."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora import bases, models
-from mlx_lora.adapter import files
+from mlx_lora.adapter import files, peft
 from mlx_lora.adapter.attach import EMBEDDINGS, LINEARS
 from mlx_lora.adapter.inits import REBASING
 from mlx_lora.adapter.tensors import unpadded
@@ -17,6 +18,8 @@ from mlx_lora.errors import AdapterError, near
 from mlx_lora.models import Loaded
 from mlx_lora.types import Factors
 
+LAST_DIGITS = 0.01  # of a weight: bfloat16 rounds to 0.004 of a number
+ROWS = 4096  # of a weight that are unpacked at a time
 UPWARDS = 3  # runs/x/stages/1_sft/adapters lies this deep below the folder that holds base/
 
 
@@ -38,6 +41,15 @@ class Trained:
     @property
     def experts(self) -> list[str]:
         return [name for name, f in self.modules.items() if f.lora_a_IR.ndim == 3]
+
+    @property
+    def broken(self) -> list[str]:
+        """Modules that hold NaN or infinity."""
+        return [
+            name
+            for name, f in self.modules.items()
+            if not all(mx.isfinite(x).all().item() for x in (f.lora_a_IR, f.lora_b_RO))
+        ]
 
     @property
     def rebased(self) -> bool:
@@ -132,6 +144,7 @@ def refuse_other_base(trained: Trained, loaded: Loaded) -> list[str]:
     if trained.rebased and notices:
         problems.append("its init wrote weights of its own under it: give that run's base folder")
     problems += misfits(trained, loaded.model)
+    notices += [] if problems else left_out(trained.folder, loaded.model)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         recorded = trained.about_base.get("model")
@@ -141,6 +154,40 @@ def refuse_other_base(trained: Trained, loaded: Loaded) -> list[str]:
             f"{hint} Name its base with --model.".strip(),
         )
     return notices
+
+
+def left_out(folder: Path, model: nn.Module | None) -> list[str]:
+    """What to know of the frozen weights that PEFT saved beside factors, which nobody reads.
+
+    Nothing where they are the model's, up to the last digits of 16-bit numbers.
+    """
+    if not peft.is_peft(folder):
+        return []
+    stored: dict[str, mx.array] = mx.load(str(folder / peft.WEIGHTS))  # type: ignore[assignment]
+    there = dict(model.named_modules()) if model else {}
+    lines = []
+    for name in sorted(n for n in stored if n.endswith(peft.FROZEN[0])):
+        module = name.removeprefix(peft.PREFIX).removesuffix(peft.FROZEN[0])
+        text = f"PEFT saved the frozen weight of {module} too, and it is left out: "
+        if model is None:
+            lines.append(f"{text}--model tells whether it is the base's")
+        elif (off := distance(stored[name], there.get(module))) > LAST_DIGITS:
+            how = f"{off:.1%} away from" if math.isfinite(off) else "of another size than"
+            lines.append(f"{text}it is {how} the base's")
+    return lines
+
+
+def distance(weight_OI: mx.array, layer: Any) -> float:
+    """‖difference‖ / ‖weight‖ to a layer's weight; infinity where that has another size."""
+    if layer is None or weight_OI.shape != (layer.weight.shape[-2], models.in_dims(layer)):
+        return math.inf
+    off, whole = 0.0, 0.0
+    for begin in range(0, len(weight_OI), ROWS):
+        part = weight_OI[begin : begin + ROWS].astype(mx.float32)
+        mine = models.dense_weight(layer, slice(begin, begin + ROWS))
+        off += float(mx.square(part - mine).sum())
+        whole += float(mx.square(mine).sum())
+    return (off / whole) ** 0.5 if whole else float(off > 0)
 
 
 def misfits(trained: Trained, model: nn.Module) -> list[str]:

@@ -1,10 +1,7 @@
 """The pairs of factors in a folder, mlx-lm's or PEFT's, or in a model: read, never copied."""
 
-import json
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mlx_lora.adapter import peft
 from mlx_lora.adapter.mapped import mapped
@@ -33,28 +30,8 @@ def of_folder(given: str | Path) -> list[Pair]:
 
 def of_peft(folder: Path) -> list[Pair]:
     """PEFT's factors as mlx-lm lays them out, at the scale of each module: nothing is folded."""
-    try:
-        about = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"the PEFT adapter in {folder} does not load: {error}") from error
-    peft.refuse(about, folder)
-    if about.get("target_parameters"):
-        raise AdapterError(
-            f"{folder} adapts parameters (target_parameters): their layout is not read",
-            "Adapters of modules (target_modules) are.",
-        )
-    tensors: dict[str, np.ndarray] = {}
-    for name, value in mapped(folder / peft.WEIGHTS).items():
-        module, factor = peft.split(name)
-        turned = value.T if value.ndim == 2 else value  # experts lie as mlx-lm's do
-        tensors[f"{module}.{factor}" if factor else name] = turned
-    ranks = {
-        name.rpartition(".")[0]: value.shape[1]
-        for name, value in tensors.items()
-        if name.endswith(".lora_a") and value.ndim > 1 and 0 not in value.shape
-    }
-    scales = {module: float(peft.scale_of(about, module, rank)) for module, rank in ranks.items()}
-    return list(pairs(tensors, scales))
+    about = peft.described(folder)
+    return list(pairs(*peft.factors_of(about, mapped(folder / peft.WEIGHTS), folder)))
 
 
 def of_model(model: Any) -> list[Pair]:
