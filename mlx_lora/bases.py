@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.adapter.tensors import CONFIG
-from mlx_lora.models import Loaded, dense_weight, read_json
+from mlx_lora.models import DEMO, DEMO_QUANTIZATION, Loaded, dense_weight, read_json
 
 SKETCHED, SKETCH_ROWS, SKETCH_SUMS = 8, 16, 4
 SAME_BASE = 0.7  # correlation of two sketches: above 0.95 across bits, about 0 for another model
@@ -56,6 +56,18 @@ def compare(about: Mapping[str, Any], loaded: Loaded) -> tuple[list[str], list[s
     elif sketched and sketched != found["sketch"]:
         notices.append("the base's weights differ in their last digits from those it learned on")
     return problems, notices
+
+
+def rebuilt(loaded: Loaded, adapter: Path | None) -> list[str]:
+    """A sentence where an unquantized model was quantized because an adapter's base had been."""
+    asked = recorded(adapter).get("quantization") if adapter else None
+    usual = loaded.name == DEMO and asked == DEMO_QUANTIZATION
+    if not asked or not loaded.quantized_here or usual:
+        return []
+    return [
+        f"{loaded.name} is unquantized, and was quantized on load to {form(asked)}, on which the "
+        "adapter learned"
+    ]
 
 
 def form(quantization: Mapping[str, Any] | None) -> str:

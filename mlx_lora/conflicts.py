@@ -51,6 +51,8 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     yield from data_conflicts(top)
     if top.get("train") is False and top.get("test") is not True:
         yield ("train",), "train and test are both false: nothing to do"
+    if top.get("test") is True and top.get("test_batches") == 0:
+        yield ("test_batches",), "0 batches are no test: give -1 for all, or leave test out"
     if top.get("fine_tune_type") == "full":
         unfit = [k for k in ("scale_schedule", "quantize") if k in top]
         unfit += ["method"] if method in RL else []

@@ -4,6 +4,7 @@ Everything is a function of evals.jsonl, so that a resumed run decides as an uni
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from mlx_lora.schema import Stage
 EVALS, BEST = "evals.jsonl", "best"
 Measured = dict[str, Any]
 HIGHER = {"accuracy": 1, "reward_mean": 1, "valid_loss": -1}  # sign of what is better
+WORST = (-math.inf, -math.inf)
 
 
 class Remembered:
@@ -65,7 +67,7 @@ class Contest:
         if found is None:
             return False
         row = {"step": steps_done - 1, **found}
-        first = not self.rows or score(row) > max(map(score, self.rows))
+        first = score(row) > max(map(score, self.rows), default=WORST)
         self.rows.append(row)
         if first:
             self.keep()
@@ -87,31 +89,42 @@ class Contest:
     def over(self) -> bool:
         """True when the best one is more evaluations ago than patience allows."""
         patience = self.e.eval.patience
-        since = len(self.rows) - 1 - self.best_at()
-        return distributed.agreed(bool(patience) and since >= patience)
+        waits = bool(patience) and len(self.rows) > patience
+        return distributed.agreed(waits and len(self.rows) - 1 - self.best_at() >= patience)
 
     def best_at(self) -> int:
         """Index of the best row, the first of equals."""
         return max(range(len(self.rows)), key=lambda i: (score(self.rows[i]), -i))
 
     def summary(self) -> Measured:
-        """What the run's summary says: the best step and its number. Empty without rows."""
-        if not self.rows:
-            return {}
-        best = self.rows[self.best_at()]
+        """What the run's summary says: the best step and its number. Empty where none counts."""
+        best = self.rows[self.best_at()] if self.rows else {}
         name = decides(best)
+        if name is None:
+            return {}
         return {"best": {"step": best["step"], "metric": name, "value": best[name]}}
 
 
 def score(row: Mapping[str, Any]) -> tuple[float, float]:
     """What decides: accuracy, else the mean reward, else the validation loss; of equals the reward.
 
+    A number that is not finite, null in evals.jsonl, is no number: a row without any is the worst.
+
     >>> score({"accuracy": 0.5, "reward_mean": 0.7}), score({"valid_loss": 2.0})
     ((0.5, 0.7), (-2.0, 0.0))
+    >>> score({"valid_loss": None}) == score({"valid_loss": float("nan")}) < score({"accuracy": 0})
+    True
     """
     name = decides(row)
-    return HIGHER[name] * float(row[name]), float(row.get("reward_mean", 0.0))
+    if name is None:
+        return WORST
+    reward = row["reward_mean"] if counts(row.get("reward_mean")) else 0.0
+    return HIGHER[name] * float(row[name]), float(reward)
 
 
-def decides(row: Mapping[str, Any]) -> str:
-    return next(n for n in HIGHER if row.get(n) is not None)
+def decides(row: Mapping[str, Any]) -> str | None:
+    return next((name for name in HIGHER if counts(row.get(name))), None)
+
+
+def counts(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

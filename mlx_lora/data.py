@@ -6,6 +6,7 @@ on, in the model's chat template where it has one. Other keys are left alone.
 
 import json
 import random
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,19 +31,12 @@ class Text:
 
 def rows_of(path: Path) -> list[tuple[int, Row]]:
     """Line numbers and rows of a JSONL or plain text file. ConfigError names the bad line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
     found: list[tuple[int, Row]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if path.suffix == ".txt":
-            found.append((number, {"text": line}))
-            continue
+    for number, line in lines_of(path):
         try:
-            row = json.loads(line)
+            row = {"text": line.decode()} if path.suffix == ".txt" else json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}:{number}: not UTF-8: {error.reason}") from error
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}:{number}: not JSON: {error.msg}") from error
         row = with_turns(row)
@@ -50,6 +44,20 @@ def rows_of(path: Path) -> list[tuple[int, Row]]:
             raise ConfigError(f"{path}:{number}: a row is an object with strings under {NAMES}")
         found.append((number, row))
     return found
+
+
+def lines_of(path: Path) -> list[tuple[int, bytes]]:
+    """Numbers and bytes of the lines that hold something. ConfigError where it cannot be read.
+
+    A line ends at a line feed alone, because JSON strings may hold U+2028; a byte order mark at the
+    beginning of the file is none of its text.
+    """
+    try:
+        lines = path.read_bytes().removeprefix(BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    lines = [line.removesuffix(b"\r") for line in lines]
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def with_turns(row: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from mlx_lora import config, models
+from mlx_lora import bases, config, models
 from mlx_lora.adapter import files
 from mlx_lora.errors import ConfigError, RunError
 from mlx_lora.prepare import load
@@ -80,6 +80,8 @@ def evaluate_named(
     loaded = asked.load(adapter)
     if adapter:
         files.load(loaded.model, adapter)
+        for notice in () if asked.stage.quantize else bases.rebuilt(loaded, adapter):
+            console.print(f"[yellow]Note:[/] {escape(notice)}.")
     refuse_unfit(loaded, task.load("test", asked.n, 0), asked.max_tokens)
     lines: list[str] = []
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mlx_lora import cpu, distributed, models, stages, unsupported
-from mlx_lora.adapter import files
+from mlx_lora.adapter import files, warm
 from mlx_lora.adapter.attach import remember_start
 from mlx_lora.config import Experiment, Stage, check_names, resolved
 from mlx_lora.config import load as load_config
@@ -59,6 +59,7 @@ def run_in(
     experiment: Experiment, run_dir: Path | None, console: Console, clock: Clock, *, resume: bool
 ) -> dict[str, Any]:
     with clock.measure("data"):
+        experiment = warm.adopted(experiment, console)
         tasks = validated(experiment, console)
     again = resume and distributed.leads()
     with clock.measure("run folder"):
@@ -197,11 +198,13 @@ def refuse_alone(experiment: Experiment) -> None:
 
 def refuse_patience(e: Stage, sources: Sources) -> None:
     """Waiting for a better validation where nothing is validated."""
-    if e.eval.patience and "valid" not in sources and not e.eval.every:
-        raise ConfigError(
-            "eval.patience counts validations, and the data has no valid.jsonl",
-            "Add one, or leave eval.patience out.",
-        )
+    if not e.eval.patience or e.eval.every or ("valid" in sources and e.val_batches):
+        return
+    why = "the data has no valid.jsonl" if e.val_batches else "val_batches is 0"
+    raise ConfigError(
+        f"eval.patience counts validations, and {why}",
+        "Let it validate, or leave eval.patience out.",
+    )
 
 
 def refuse_occupied(e: Stage) -> None:

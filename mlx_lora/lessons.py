@@ -167,5 +167,6 @@ def left_out(made: Mapping[str, Sequence[Text]], e: Stage) -> Iterator[str]:
         rows = best_fit(made["train"], e.max_seq_length)
         full = sum(len(t.ids) for t in made["train"]) / (len(rows) * e.max_seq_length)
         yield f"{len(made['train']):,} texts are packed into {len(rows):,} rows, {full:.0%} full"
-    if "valid" not in made and not e.rejection_sampling:
-        yield "there is no validation: the data has no valid.jsonl"
+    if not e.rejection_sampling and not (e.val_batches and "valid" in made):
+        why = "the data has no valid.jsonl" if e.val_batches else "val_batches is 0"
+        yield f"there is no validation: {why}"

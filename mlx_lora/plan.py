@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from mlx_lora import models, sft
+from mlx_lora.adapter import warm
 from mlx_lora.adapter.attach import blocks, remember_start
 from mlx_lora.batches import best_fit
 from mlx_lora.config import Experiment, Stage
@@ -43,6 +44,7 @@ def plan(experiment: Experiment, console: Console) -> dict[str, Any]:
 
     Where the weights are not there, config.json is enough for the counts and the memory.
     """
+    experiment = warm.adopted(experiment, console)
     tasks = validated(experiment, console)
     config, here = description(experiment.first.model)
     about = {
@@ -54,7 +56,7 @@ def plan(experiment: Experiment, console: Console) -> dict[str, Any]:
         return about | {"steps": 0}
     if here:
         loaded = load(experiment.first)
-        attach(loaded, experiment)
+        attach(loaded, experiment, console)
         about["trainable_parameters"] = trainable_count(loaded.model)
     else:
         loaded = None

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from mlx_lora import bases, distributed, models
 from mlx_lora.adapter import attach as attaching
-from mlx_lora.adapter import files, population, spline
+from mlx_lora.adapter import files, population, spline, warm
 from mlx_lora.adapter.inits import REBASING, label
 from mlx_lora.adapter.population import remember_sizes
 from mlx_lora.adapter.spline_math import asked as asked_curve
@@ -62,8 +62,10 @@ def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console)
     """Load, quantize, attach, and check before a single step. Raises CheckFailed."""
     e = experiment.first
     with clock.measure("load model"):
-        started = e.resume_adapter_file
-        loaded = load(e, files.folder_of(started) if started else None)
+        started = files.folder_of(e.resume_adapter_file) if e.resume_adapter_file else None
+        loaded = load(e, started)
+        for notice in () if e.quantize else bases.rebuilt(loaded, started):
+            console.print(f"[yellow]Note:[/] {escape(notice)}.")
         refuse_other_bases(loaded)
     with clock.measure("check"):
         began = time.perf_counter()
@@ -72,7 +74,7 @@ def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console)
         probes = read(loaded, path, samples=asked.samples)
         prints = fingerprint(loaded, probes)
         with clock.measure("attach"):
-            config, expect, about = attach(loaded, experiment)
+            config, expect, about = attach(loaded, experiment, console)
             if e.lora_parameters.calibrate and not e.resume_adapter_file:
                 texts = [ids for ids, _ in probes.texts]
                 spline.calibrate(loaded.model, texts, e.lora_parameters.calibrate)
@@ -140,7 +142,7 @@ def refuse_other_bases(loaded: Loaded) -> None:
 
 
 def attach(
-    loaded: Loaded, experiment: Experiment
+    loaded: Loaded, experiment: Experiment, console: Console | None = None
 ) -> tuple[dict[str, Any], str, dict[str, Any] | None]:
     """Attach what the experiment asks for.
 
@@ -148,8 +150,11 @@ def attach(
     """
     e = experiment.first
     evolves = any(loop.method == "es" for loop in experiment.loops)
+    dropout = max(loop.dropout for loop in experiment.loops)
     if e.resume_adapter_file is not None:
-        config = files.load(loaded.model, files.folder_of(e.resume_adapter_file))
+        config, fresh = warm.attach(loaded, e, dropout)
+        if fresh and console:
+            console.print(f"[yellow]Note:[/] {warm.of_new(fresh, loaded.model)}.")
         if evolves:
             population.refuse_unfit(loaded.model)
         return config | {"base": bases.identity(loaded)}, "healthy", config.get("base")
@@ -162,7 +167,7 @@ def attach(
         num_layers=e.num_layers,
         init=e.init.name,
         init_options=e.init.options,
-        dropout=max(loop.dropout for loop in experiment.loops),
+        dropout=dropout,
         seed=e.seed,
         dora=e.fine_tune_type == "dora",
         rows=attaching.calibration_rows(e),

@@ -65,7 +65,7 @@ class Stage(Block):
     scale_schedule: Named | None = None
     """How the scale changes over the steps. null: constant."""
     resume_adapter_file: str | None = None
-    """Adapter to start from, in place of the init."""
+    """Adapter to start from, in place of the init. Shape and scale left out here are its own."""
     adapter_path: str | None = None
     """A second place for the adapter, beside the run folder's. (mlx-lm: `adapters`.)"""
 
@@ -109,7 +109,7 @@ class Stage(Block):
     steps_per_eval: Count = 200
     """SFT: steps between validations."""
     val_batches: OrAll = 25
-    """-1: the whole validation set."""
+    """-1: the whole validation set. 0: no validation."""
     test_batches: OrAll = 500
     """-1: the whole test set."""
     save_every: Count = 100

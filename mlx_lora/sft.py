@@ -68,6 +68,7 @@ def train(
     schedule looks at the metrics of the step before. `history` holds those before `start`.
     """
     model, e = loaded.model, experiment
+    valid = valid if e.val_batches else ()
     optimizer.init(model.trainable_parameters())
     if e.grad_accumulation_steps > 1:
         known = dict(tree_flatten(optimizer.state.get(SUM, {})))  # of a resumed run

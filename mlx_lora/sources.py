@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.blocks import HfDataset
-from mlx_lora.data import Row
+from mlx_lora.data import Row, lines_of
 from mlx_lora.errors import ConfigError
 from mlx_lora.formats import Features
 from mlx_lora.schema import Stage
@@ -145,15 +145,9 @@ def numbered(name: str, rows: Sequence[Row], features: Features) -> Source:
 
 def read_file(path: Path, features: Features) -> Source:
     """The rows of a JSONL file, and the lines of it that are no JSON object."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
     rows: list[tuple[str, Row]] = []
     problems: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(path):
         place = f"{path}:{number}"
         try:
             row = json.loads(line.decode())

@@ -268,9 +268,12 @@ def follow(
 ) -> int:
     """Run the steps under guard, until patience is over. Returns how many are done.
 
-    What stops them leaves the last whole step behind, Ctrl-C a checkpoint too. A checkpoint comes
+    A run that was killed behind the checkpoint it stopped at is over before its next step. What
+    stops the steps leaves the last whole one behind, Ctrl-C a checkpoint too. A checkpoint comes
     last in its step, so that whatever a resumed run finds on disk was there before.
     """
+    if contest.over():
+        return start
     model, folder, recorder = prepared.loaded.model, log.folder / CHECKPOINTS, guard.recorder
 
     def keep() -> None:

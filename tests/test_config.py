@@ -151,6 +151,7 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
         ("learning_rate: .nan", "finite"),
         ("iters: 5\nepochs: 1", "in place of iters"),
         ("train: false", "nothing to do"),
+        ("test: true\ntest_batches: 0", "test_batches: 0 batches are no test"),
         ("lora_parameters: {rslora: true}", "give alpha"),
         ("lora_parameters: {scale: rslora}", "give alpha"),
         ("lora_parameters: {scale: rslor, alpha: 4}", "in place of scale"),

@@ -374,5 +374,6 @@ def test_a_reward_that_is_not_finite_ends_the_run():
 def test_what_was_trained_before_can_be_planned(tmp_path):
     """From disk, or after a stage that moves the model: generation 0 is not the base then."""
     run(tmp_path / "run", "iters=2", "rollout.temperature=1.0", "es.perturb_scale=0.6")
-    found = plan(of(f"resume_adapter_file={tmp_path / 'run' / 'adapters'}"), console(quiet=True))
+    started = f"resume_adapter_file={tmp_path / 'run' / 'adapters'}"
+    found = plan(of(started, "init=zero"), console(quiet=True))
     assert found["tried"] and found["rollouts_per_step"] == 48

@@ -293,3 +293,9 @@ def test_a_batch_is_drawn_from_step_and_seed():
     assert batches == [data.draw(range(5), step, 2, 0) for step in range(5)]
     flat = [x for batch in batches for x in batch]
     assert sorted(flat[:5]) == sorted(flat[5:]) == list(range(5))
+
+
+def test_no_batches_to_validate_on_are_no_validation():
+    """A loss of 0.0 would be the best there is."""
+    seen = run(attached(), stage(iters=2, val_batches=0, steps_per_eval=1), valid=TEXTS)
+    assert not any(name.startswith("valid_loss") for metrics in seen for name in metrics)

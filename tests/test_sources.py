@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from mlx_lm.tuner.datasets import create_dataset
 
-from mlx_lora import config, lessons, models, plan
+from mlx_lora import config, data, lessons, models, plan
 from mlx_lora.errors import ConfigError
 from mlx_lora.formats import Features, lesson_of
 from mlx_lora.lessons import lessons_of
@@ -113,6 +113,15 @@ def test_every_bad_line_is_named_at_once(tmp_path):
     assert ":1:" not in said
 
 
+@pytest.mark.parametrize("reader", [data.rows_of, lambda path: read_file(path, Features()).rows])
+def test_a_file_with_a_mark_and_with_line_separators_inside_of_texts_is_read(reader, tmp_path):
+    """As PowerShell writes it: a byte order mark, CRLF; U+2028 is a sign like any other."""
+    rows = [{"text": "one\u2028line"}, {"text": "two\x85 lines"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    (tmp_path / "train.jsonl").write_bytes(text.encode("utf-8-sig"))
+    assert [row for _, row in reader(tmp_path / "train.jsonl")] == rows
+
+
 def test_messages_are_looked_at(tmp_path):
     bad = ["Hello", [], [{"content": "x"}], [{"role": "user"}]]
     said = refusal(sources_of, stage(tmp_path, [json.dumps({"messages": m}) for m in bad]))
@@ -177,7 +186,11 @@ def test_chats_need_a_template(tmp_path):
 def test_what_will_not_happen_to_rows_is_said(tmp_path):
     e = Stage(batch_size=4)
     notes = list(lessons.left_out({"train": [None] * 10}, e))  # type: ignore[list-item]
-    assert notes[0].startswith("2 of 10 rows never train") and "no validation" in notes[1]
+    assert notes[0].startswith("2 of 10 rows never train") and "no valid.jsonl" in notes[1]
+    made: Any = {"train": [None] * 8, "valid": [None]}
+    assert not list(lessons.left_out(made, e))
+    none = e.model_copy(update={"val_batches": 0})
+    assert list(lessons.left_out(made, none)) == ["there is no validation: val_batches is 0"]
     assert "batch_size 4 is more than the 3 rows" in refusal(lessons.refuse_few, [None] * 3, e)
 
 

@@ -33,6 +33,18 @@ def test_the_command_writes_what_the_library_generates(loud):
     assert json.loads(done.stdout)["completions"][0]["text"] != "A duck has two legs."
 
 
+def test_a_base_that_is_quantized_for_an_adapter_is_said(tmp_path):
+    """On stderr, or in the one document."""
+    form = {"bits": 8, "group_size": 64, "mode": "affine"}
+    folder = str(adapter(tmp_path / "a", models.load("demo", quantize=form)))
+    command = ["generate", "demo", "-p", "A", "--max-tokens", "1", "--adapter", folder]
+    done = CliRunner().invoke(app, command)
+    said = "demo is unquantized, and was quantized on load to 8-bit affine (groups of 64)"
+    assert done.exit_code == 0 and said in done.stderr and "quantized" not in done.stdout
+    told = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert len(told["notices"]) == 1 and told["notices"][0].startswith(said)
+
+
 def test_several_greedy_completions_are_refused():
     with pytest.raises(ConfigError, match="alike"):
         answers(Adapters(models.load("demo")), [QUESTION], 2, Manner())

@@ -18,11 +18,13 @@ class Service:
 
     def __init__(self, fails: str = "") -> None:
         self.fails, self.began, self.sent, self.ended = fails, {}, [], 0
+        self.id = "a1b2c3"
 
     def init(self, **about):
         if self.fails == "init":
             raise ConnectionError("no login")
         self.began = about
+        self.name = about["name"] if "name" in about else about["experiment_name"]
         return self
 
     def log(self, metrics, step):
@@ -60,6 +62,26 @@ def test_every_step_reaches_the_service(name, tmp_path, monkeypatch):
     assert service.ended == 1 and not said
     if name != "tensorboard":
         assert service.began["project"] == "ducks" and service.began["config"] == {"iters": 2}
+
+
+RESUMED = {
+    "wandb": {"id": "a1b2c3", "resume": "allow"},
+    "swanlab": {"id": "a1b2c3", "resume": "allow"},
+    "trackio": {"name": "run", "resume": "allow"},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_goes_on_in_the_same_run_of_its_service(name, tmp_path, monkeypatch):
+    service, began = Service(), []
+    monkeypatch.setitem(sys.modules, name, service)
+    for folder in ("run", "run", "run", "other"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        with tracking.tracked(Stage(report_to=name), tmp_path / folder, {}, print):
+            began.append(service.began)
+    for fresh in (began[0], began[3]):
+        assert "id" not in fresh and "resume" not in fresh
+    assert all(RESUMED[name].items() <= about.items() for about in began[1:3])
 
 
 @pytest.mark.parametrize("fails", ["init", "log"])

@@ -79,29 +79,48 @@ def attach(
     foresee(init, init_options, rows)
     if lora_layers(model):
         raise AdapterError("this model has LoRA layers already", "Load the model afresh.")
-    found = expand_keys(model, keys)
-    depth = len(blocks(model))
-    num_layers = depth if not 0 < num_layers <= depth else num_layers
-    parameters: dict[str, Any] = {"rank": rank, "scale": scale, "dropout": dropout, "keys": found}
-    parameters |= {"type": "spline", **asdict(curve)} if curve else {}
-    model.freeze()
-    ranks = to_layers_of_ranks(model, num_layers, parameters, rank_pattern, dora=dora)
+    shape = {"rank": rank, "scale": scale, "dropout": dropout}
+    settings, ranks = add_layers(
+        model, keys, num_layers, shape, rank_pattern=rank_pattern, dora=dora, curve=curve
+    )
     layers = lora_layers(model)
     sites = [site_of(n, m, ranks[n]) for n, m in layers.items() if isinstance(m, PLACED)]
     refuse_ranks(ranks, sites, {n for n in ranks if keys is not None or ranks[n] != rank})
-    parameters["rank"] = max(ranks.values())
-    for layer in layers.values():
-        layer.lora_b = mx.zeros_like(layer.lora_b)  # whatever mlx-lm does by default
     cpu.follow(model)
     scene = Scene(model, sites, seed, loaded, rows)
     measured = start(scene, init, init_options)
+    about = {"name": init, **init_options, **({"measured": measured} if measured else {})}
+    return settings | {"init": about, "seed": seed}
+
+
+def add_layers(
+    model: nn.Module,
+    keys: Sequence[str] | None,
+    num_layers: int,
+    shape: Mapping[str, Any],
+    *,
+    rank_pattern: Mapping[str, int] | None,
+    dora: bool,
+    curve: Curve | None,
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Freeze the model and give it layers of a `shape` (rank, scale, dropout), all with B = 0.
+
+    Returns what an adapter's config says of them, and the rank of each by name.
+    """
+    found, depth = expand_keys(model, keys), len(blocks(model))
+    num_layers = depth if not 0 < num_layers <= depth else num_layers
+    parameters: dict[str, Any] = {**shape, "keys": found}
+    parameters |= {"type": "spline", **asdict(curve)} if curve else {}
+    model.freeze()
+    ranks = to_layers_of_ranks(model, num_layers, parameters, rank_pattern, dora=dora)
+    parameters["rank"] = max(ranks.values())
+    for layer in lora_layers(model).values():
+        layer.lora_b = mx.zeros_like(layer.lora_b)  # whatever mlx-lm does by default
     return {
         "fine_tune_type": "dora" if dora else "spline" if curve else "lora",
         "num_layers": num_layers,
         "lora_parameters": parameters,
-        "init": {"name": init, **init_options, **({"measured": measured} if measured else {})},
-        "seed": seed,
-    }
+    }, ranks
 
 
 def foresee(init: str, options: Mapping[str, Any], rows: Sequence[Row] | None) -> None:

@@ -35,14 +35,16 @@ def opened(
 ) -> Adapters:
     """The model with these adapters loaded and the first in force.
 
-    A base that an adapter had quantized on load is quantized again.
+    A base that an adapter had quantized on load is quantized again, and its notices say so.
     """
     refuse_strength(strength)
-    recorded = bases.recorded(files.folder_of(str(folders[0]))) if folders else {}
+    first = files.folder_of(str(folders[0])) if folders else None
+    recorded = bases.recorded(first) if first else {}
     loaded = models.load(
         model, rebuild=recorded.get("quantization"), trust_remote_code=trust_remote_code
     )
     adapters = Adapters(loaded)
+    adapters.notices += bases.rebuilt(loaded, first)
     names = [
         adapters.load(folder, name) for folder, name in zip(folders, named(folders), strict=True)
     ]
