@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_lora import config
 from mlx_lora.adapter.peft import is_peft, read_peft
-from mlx_lora.adapter.tensors import described, folder_of
+from mlx_lora.adapter.tensors import described, place_of
 from mlx_lora.blocks import LoraParameters
 from mlx_lora.errors import ConfigError, near
 from mlx_lora.schema import Stage
@@ -49,7 +49,7 @@ def look(given: Path, rule: str, options: Mapping[str, Any]) -> Looked:
             f"--rule {rule}: no rule for the spectra of an adapter", near(rule, known)
         )
     choose = rules.bind(rule, options)
-    folder = adapter_folder(folder_of(str(given)))
+    folder = adapter_folder(given)
     analyzer = LoRAAnalyzer(folder)
     report, pairs = analyzer.analyze(), {pair.name: pair for pair in analyzer.read()}
     sound = report.status == "trained"
@@ -146,6 +146,6 @@ def experiment_of(given: Path, folder: Path) -> Stage:
     """What trained it, where a run says so; else only which layers the adapter is on."""
     if (given / "config.yaml").is_file():
         return config.load(given / "config.yaml").last
-    about = read_peft(folder)[0] if is_peft(folder) else described(folder)
+    about = read_peft(folder)[0] if is_peft(folder) else described(*place_of(folder))
     keys = about["lora_parameters"].get("keys")
     return Stage(lora_parameters=LoraParameters(keys=None if keys is None else tuple(keys)))

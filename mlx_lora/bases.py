@@ -7,7 +7,8 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.adapter.tensors import CONFIG
+from mlx_lora.adapter.tensors import CONFIG, place_of
+from mlx_lora.errors import AdapterError
 from mlx_lora.models import DEMO, DEMO_QUANTIZATION, Loaded, dense_weight, read_json
 
 SKETCHED, SKETCH_ROWS, SKETCH_SUMS = 8, 16, 4
@@ -29,21 +30,33 @@ def identity(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def recorded(folder: Path) -> dict[str, Any]:
-    """What an adapter folder says of its base; nothing where it says nothing readable."""
+def config_of(folder: Path) -> dict[str, Any]:
+    """The config of an adapter's folder or file; nothing where it is not readable."""
     try:
-        about = read_json(folder / CONFIG).get("base")
-    except (OSError, ValueError, AttributeError):
+        config = read_json(place_of(folder)[0] / CONFIG)
+    except (OSError, ValueError):
         return {}  # whoever loads the adapter says what is wrong with it
+    return config if isinstance(config, dict) else {}
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What an adapter says of its base; nothing where it says nothing readable."""
+    about = config_of(folder).get("base")
     return about if isinstance(about, dict) else {}
 
 
-def compare(about: Mapping[str, Any], loaded: Loaded) -> tuple[list[str], list[str]]:
-    """Why a model is not the recorded base, and in what it is another form of it; often neither."""
-    found = identity(loaded)
-    known = {k: about[k] for k in ("model_type", "quantization", "sketch") if k in about}
+def compare(about: Mapping[str, Any], model: Loaded | nn.Module) -> tuple[list[str], list[str]]:
+    """Why a model is not the recorded base, and in what it is another form of it; often neither.
+
+    A bare module has no config: it is known by its weights alone.
+    """
+    found: dict[str, Any] = (
+        identity(model) if isinstance(model, Loaded) else {"sketch": sketch(model)}
+    )
+    told = ("model_type", "quantization", "sketch")
+    known = {k: about[k] for k in told if k in about and k in found}
     problems, notices = [], []
-    if known.get("model_type") not in (None, found["model_type"]):
+    if known.get("model_type") not in (None, found.get("model_type")):
         problems.append(f"the base is a {known['model_type']}, this is a {found['model_type']}")
     sketched = known.get("sketch")
     if sketched and not same_base(sketched, found["sketch"]):
@@ -68,6 +81,34 @@ def rebuilt(loaded: Loaded, adapter: Path | None) -> list[str]:
         f"{loaded.name} is unquantized, and was quantized on load to {form(asked)}, on which the "
         "adapter learned"
     ]
+
+
+def refuse_other(
+    adapter: Path,
+    about: Mapping[str, Any],
+    model: Loaded | nn.Module,
+    *,
+    rebased: bool = False,
+    misfits: Sequence[str] = (),
+) -> list[str]:
+    """What to know of the base. AdapterError lists every reason why the adapter is not for it.
+
+    `rebased`: the adapter's init wrote weights of its own under it. `misfits` are reasons found
+    elsewhere.
+    """
+    problems, notices = compare(about, model)
+    if rebased and notices:
+        problems.append("its init wrote weights of its own under it: give that run's base folder")
+    problems += misfits
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        name = model.name if isinstance(model, Loaded) else "this model"
+        hint = f"It was trained on {about['model']}." if about.get("model") else ""
+        raise AdapterError(
+            f"the adapter {adapter} does not belong to {name}:\n{lines}",
+            f"{hint} Name its base with --model.".strip(),
+        )
+    return notices
 
 
 def form(quantization: Mapping[str, Any] | None) -> str:

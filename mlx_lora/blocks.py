@@ -304,6 +304,8 @@ class Monitor(Block):
     """Steps between looks at the adapter's spectra, kept in spectra.jsonl. 0: none."""
     alerts: dict[str, dict[str, float]] = {}
     """Other thresholds of alerts on the adapter, by name: {saturated: {steps: 200}}."""
+    dynamics: dict[str, float] = {}
+    """How looks are summed up: {window: 5, change: 0.05, settled: 50}."""
 
 
 class Eval(Block):

@@ -1,7 +1,7 @@
 """The command line: parse, one call, print. Everything heavy is imported inside a command.
 
-Exit codes: 0 pass or warn, 1 failed on its merits, 2 bad input, 130 Ctrl-C. With --json, stdout is
-exactly one JSON document.
+Exit codes: 0 pass or warn, 1 failed on its merits or crashed, 2 bad input, 130 Ctrl-C. With
+--json, stdout is exactly one JSON document.
 """
 
 import gc
@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from mlx_lora import __version__, cli_ship, cli_spectral, cpu
-from mlx_lora.errors import ConfigError, UserError
+from mlx_lora.cli_ship import Strength, Trust
+from mlx_lora.errors import UserError
 
 BEGAN = time.perf_counter()
 app = typer.Typer(
@@ -84,6 +85,8 @@ def check(
     out: Annotated[Path | None, typer.Option(help="Where --certify saves a fresh one.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write the gates as JUnit XML.")] = None,
     seed: int = 0,
+    strength: Strength = 1.0,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Corruption check: base against attached model, or any two. Exit code 1 when it fails."""
@@ -102,6 +105,8 @@ def check(
         seed=seed,
         against=against,
         adapter2=adapter2,
+        strength=strength,
+        trust_remote_code=trust_remote_code,
     )
     report = check_named(
         asked, certify=certify, verify=verify, out=out, layers=layers, picture=plot, junit=junit
@@ -206,6 +211,8 @@ def evaluate(
     option: Options = None,
     out: Annotated[Path | None, typer.Option(help="Write every completion, as JSONL.")] = None,
     seed: int = 0,
+    strength: Strength = 1.0,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Accuracy on held-out problems with its 95 % interval, greedy and sampled.
@@ -215,8 +222,15 @@ def evaluate(
     from mlx_lora.exam import evaluate_named, request
     from mlx_lora.progress import console
 
-    asked = request(model, task, option or [], n=n, max_tokens=max_tokens)
-    result = evaluate_named(asked, adapter, samples, out, seed, console())
+    asked = request(
+        model,
+        task,
+        option or [],
+        n=n,
+        max_tokens=max_tokens,
+        trust_remote_code=trust_remote_code,
+    )
+    result = evaluate_named(asked, adapter, samples, out, seed, console(), strength=strength)
     if as_json:
         print_json(result)
     else:
@@ -297,32 +311,40 @@ def print_json(document: Any) -> None:
 
 
 def main() -> None:
-    """Run the command; turn a UserError into one readable message and exit code 2."""
+    """Run the command; turn a UserError into one readable message and exit code 2.
+
+    With --json that message is a document, and so are a wrong word on the command line (2) and an
+    exception that nobody foresaw (1), whose traceback goes to stderr.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     gc.set_threshold(50_000, 20, 20)  # imports make objects that stay: 5 % of a short command
     try:
         refuse_platform()
-        sys.exit(run_command())
+        sys.exit(app(standalone_mode=not wants_json()))
     except UserError as error:
         report_error(error)
         sys.exit(2)
+    except typer.TyperException as error:  # only with --json: Typer prints it otherwise
+        command = getattr(getattr(error, "ctx", None), "command_path", "mlx-lora")
+        print_error("UsageError", error.format_message(), f"Try `{command} --help`.")
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if wants_json():
+            print_error(type(error).__name__, str(error), "The traceback is on stderr.")
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         gc.freeze()  # a last look for garbage takes 0.2 s, and the process ends anyway
 
 
-def run_command() -> int:
-    """The exit code. With --json what is wrong on the command line is a UserError too."""
-    if "--json" not in sys.argv:
-        app()  # which exits by itself
-    try:
-        return app(standalone_mode=False) or 0
-    except typer.TyperException as error:
-        about, context = getattr(error, "format_message", error.__str__)(), error.ctx
-        path = context.command_path if context else "mlx-lora"
-        raise ConfigError(about, f"`{path} --help` lists what there is.") from error
+def wants_json() -> bool:
+    return "--json" in sys.argv[1:]
+
+
+def print_error(kind: str, message: str, hint: str) -> None:
+    print_json({"error": {"type": kind, "message": message, "hint": hint}})
 
 
 def refuse_platform() -> None:
@@ -334,9 +356,8 @@ def refuse_platform() -> None:
 
 
 def report_error(error: UserError) -> None:
-    if "--json" in sys.argv:
-        about = {"type": error.kind, "message": str(error), "hint": error.hint}
-        print_json({"error": about})
+    if wants_json():
+        print_error(error.kind, str(error), error.hint)
         return
     typer.echo(f"Error: {error}", err=True)
     if error.hint:

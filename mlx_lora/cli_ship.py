@@ -244,7 +244,7 @@ def repair(
 def generate(
     model: Model,
     prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="Repeatable.")],
-    adapter: Adapters = None,
+    adapter: Annotated[list[Path] | None, typer.Option(help="Adapter folder.")] = None,
     strength: Strength = 1.0,
     n: Annotated[int, typer.Option("-n", min=1, help="Completions of each prompt.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=1, help="Completion length.")] = 256,
@@ -256,9 +256,15 @@ def generate(
 ) -> None:
     """What a model writes, with an adapter at any strength. The texts alone go to stdout."""
     from mlx_lora.cli import print_json
+    from mlx_lora.errors import ConfigError
     from mlx_lora.ship import talk
     from mlx_lora.ship.show import print_answers
 
+    if len(adapter or []) > 1:
+        raise ConfigError(
+            f"generate takes one adapter, got {len(adapter or [])}",
+            "`mlx-lora chat` switches between several, `mlx-lora merge` makes one of them.",
+        )
     manner = talk.Manner(max_tokens, temperature, top_p, seed)
     opened = talk.opened(model, adapter or [], strength, trust_remote_code=trust_remote_code)
     found = talk.answers(opened, prompt, n, manner)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from mlx_lora.cli_ship import Trust
+
 app = typer.Typer()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -22,7 +24,7 @@ States = Annotated[bool, typer.Option("--states", help="Compare what the run kep
 
 @app.command()
 def spectrum(
-    adapter: Annotated[Path, typer.Argument(help="Adapter or run folder.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter, its file or its run.")],
     model: Annotated[str | None, typer.Option(help="Its base, for dominance.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write JSON and pictures.")] = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw pictures.")] = True,
@@ -33,11 +35,13 @@ def spectrum(
     compare: Others = None,
     more: More = None,
     states: States = False,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """What the adapter is: effective rank, conditioning, dominance over the base, alerts.
 
-    -o sets thresholds of alerts: -o dominance_warning.threshold=0.2.
+    -o sets thresholds of alerts, -o dominance_warning.threshold=0.2, and how the looks of a run are
+    summed up, -o dynamics.window=3.
     """
     from mlx_lora.runlog import refuse_unwritable
 
@@ -45,14 +49,18 @@ def spectrum(
         refuse_unwritable(out)
     alone = {"--deep": deep, "-o": option, "--sarif": sarif, "--junit": junit}
     if several := others(adapter, compare, more, states, alone):
-        return side_by_side(several, model, out, plots=plots, as_json=as_json)
+        return side_by_side(
+            several, model, out, plots=plots, trust=trust_remote_code, as_json=as_json
+        )
     from mlx_lora.cli import print_json
     from mlx_lora.spectral import ci_files
     from mlx_lora.spectral.report import to_json, write
     from mlx_lora.spectral.request import analyze_named
 
     ci_files.refuse(sarif, junit)
-    report = analyze_named(adapter, model, deep=deep, option=option or [])
+    report = analyze_named(
+        adapter, model, deep=deep, option=option or [], trust_remote_code=trust_remote_code
+    )
     if out:
         write(report, out, pictures=plots)
     ci_files.write_alerts(report, adapter, sarif, junit)
@@ -68,12 +76,13 @@ def spectrum(
 
 @app.command()
 def shrink(
-    adapter: Annotated[Path, typer.Argument(help="Adapter or run folder.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter, its file or its run.")],
     out: Annotated[Path, typer.Option(help="Folder to make, of the smaller adapter.")],
     model: Annotated[str | None, typer.Option(help="Its base, if its config names none.")] = None,
     by: Annotated[str, typer.Option(help="What decides the ranks, see `ls rules`.")] = "kl",
     weigh: Annotated[bool, typer.Option("--weigh/--plain", help="By effect on text.")] = True,
     option: Options = None,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """The same adapter at the rank it uses, judged by the check. Exit code 1 when that fails.
@@ -88,7 +97,16 @@ def shrink(
 
     said = console(quiet=as_json)
     options = parse_options(option or [])
-    found = run(adapter, out, model=model, by=by, options=options, weigh=weigh, tell=said.print)
+    found = run(
+        adapter,
+        out,
+        model=model,
+        by=by,
+        options=options,
+        weigh=weigh,
+        trust_remote_code=trust_remote_code,
+        tell=said.print,
+    )
     if as_json:
         print_json(found)
     else:
@@ -189,7 +207,13 @@ def others(
 
 
 def side_by_side(
-    adapters: Sequence[Path], model: str | None, out: Path | None, *, plots: bool, as_json: bool
+    adapters: Sequence[Path],
+    model: str | None,
+    out: Path | None,
+    *,
+    plots: bool,
+    trust: bool,
+    as_json: bool,
 ) -> None:
     """`spectrum A --compare B`: print what lies between adapters; with `out` also write it."""
     from mlx_lora.cli import print_json
@@ -197,7 +221,7 @@ def side_by_side(
     from mlx_lora.spectral.request import Bars
 
     with Bars() as bars:
-        found = compare.compare(adapters, model, tell=bars.tell)
+        found = compare.compare(adapters, model, trust_remote_code=trust, tell=bars.tell)
     if out:
         compare.write(found, out, picture=plots)
     if as_json:

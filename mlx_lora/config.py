@@ -320,6 +320,9 @@ def lookups(loop: Stage) -> Iterator[tuple[KeyPath, Callable[[], object]]]:
         yield ("task",), lambda: tasks.load_task(task.name, task.options)
     for gate, options in loop.check.limits.items():
         yield ("check", "limits"), functools.partial(table("gate").bind, gate, options)
+    if given := loop.monitor.dynamics:
+        check = import_module("mlx_lora.spectral.dynamics").options_of
+        yield ("monitor", "dynamics"), functools.partial(check, given)
     for alert, thresholds in loop.monitor.alerts.items():
         yield ("monitor", "alerts"), functools.partial(table("alert").bind, alert, thresholds)
     if loop.method == "grpo":

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from mlx_lora import bases, config, models
 from mlx_lora.adapter import files
+from mlx_lora.adapter.strength import refuse_strength, weaken_all
 from mlx_lora.errors import ConfigError, RunError
 from mlx_lora.prepare import load
 from mlx_lora.problems import readable
@@ -40,8 +41,10 @@ def request(
     *,
     n: int | None,
     max_tokens: int | None,
+    trust_remote_code: bool = False,
 ) -> Request:
     """The request behind a command line: of a model and a task, or of an experiment file."""
+    more = {"trust_remote_code": True} if trust_remote_code else {}
     if name.endswith((".yaml", ".yml")):
         if task is not None:
             raise ConfigError(
@@ -51,13 +54,15 @@ def request(
         stage = next((e for e in reversed(experiment.loops) if e.task), None)
         if stage is None:
             raise ConfigError(f"{name} names no task to evaluate on", "Say -o task=NAME.")
+        stage = stage.model_copy(update=more)
         return Request(stage, n or stage.eval.n, max_tokens or stage.rollout.max_tokens)
     if task is None:
         raise ConfigError(
             "eval needs --task, or an experiment file that names one", "`mlx-lora ls tasks`"
         )
     options = config.parse_options(option)
-    stage = Stage.model_validate({"model": name, "task": {"name": task, "options": options}})
+    about = {"model": name, "task": {"name": task, "options": options}}
+    stage = Stage.model_validate(about | more)
     return Request(stage, n or 512, max_tokens or 256)
 
 
@@ -68,8 +73,11 @@ def evaluate_named(
     out: Path | None,
     seed: int,
     console: Console,
+    *,
+    strength: float = 1.0,
 ) -> dict[str, Any]:
     """The JSON of `mlx-lora eval`. Names, data and `out` are judged before a model is loaded."""
+    refuse_strength(strength, adapted=adapter is not None)
     named = asked.stage.task
     assert named is not None, "a request names a task"
     task = load_task(named.name, named.options)
@@ -80,6 +88,7 @@ def evaluate_named(
     loaded = asked.load(adapter)
     if adapter:
         files.load(loaded.model, adapter)
+        weaken_all(loaded.model, strength)
         for notice in () if asked.stage.quantize else bases.rebuilt(loaded, adapter):
             console.print(f"[yellow]Note:[/] {escape(notice)}.")
     refuse_unfit(loaded, task.load("test", asked.n, 0), asked.max_tokens)

@@ -301,7 +301,8 @@ def learn(
         more = {k: v for k, v in more.items() if k not in ("steps", "alerts")}
     with clock.measure("spectrum"):
         analyzer = LoRAAnalyzer(model, model, run=log.folder)
-        report = analyzer.analyze(alerts=experiment.last.monitor.alerts)
+        asked = experiment.last.monitor
+        report = analyzer.analyze(alerts=asked.alerts, dynamics=asked.dynamics)
         write(report, log.folder)
     found = Counter(alert.name for alert in report.alerts)
     return {

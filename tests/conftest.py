@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +55,10 @@ def run_here(tmp_path_factory, monkeypatch) -> Callable[..., subprocess.Complete
             try:
                 main()
             except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else 1
+                code = end.code if isinstance(end.code, int) else bool(end.code)
+            except Exception:
+                traceback.print_exc()  # as Python does at the end of a process
+                code = 1
         return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
     return run

@@ -77,6 +77,10 @@ CASES = {  # alert -> (reports on which it fires, reports on which it is quiet)
         [report(UNTRAINED), report(UNTRAINED, dominance=0.0)],
         [report(SOUND), report(BROKEN), report(adapter((1e-30, 1e-30)))],
     ),
+    "switched_off": (
+        [report(adapter(scale=0.0))],
+        [report(SOUND), report(UNTRAINED), report(BROKEN), report(adapter((0.0, 0.0), scale=0.0))],
+    ),
     "effective_rank_low": (
         [report(replace(SOUND, rank_utilization=down(0.25)))],
         [report(replace(SOUND, rank_utilization=0.25)), report(UNTRAINED), report(BROKEN)],

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from mlx_lora import models
+from mlx_lora.errors import ModelError
 
 SMALL = """
 model: demo
@@ -199,15 +200,30 @@ def test_errors_are_json_with_json(run_cli):
     assert error["type"] == "UnknownNameError" and "gaussian" in error["hint"]
 
 
-def test_a_wrong_command_line_is_json_with_json(run_here):
-    for wrong, word in (
-        (["spectrum"], "adapter"),
-        (["generate", "demo", "-p", "x", "--strength", "abc"], "--strength"),
-        (["ls", "--bogus"], "--bogus"),
-        (["nope"], "nope"),
-    ):
-        done = run_here(*wrong, "--json")
-        assert done.returncode == 2 and word in json.loads(done.stdout)["error"]["message"], wrong
+@pytest.mark.parametrize(
+    "words",
+    [["spectrum", "--nope"], ["spectrum"], ["nothing"], ["advise", "x", "--batches", "1"]],
+)
+def test_usage_errors_are_json_with_json(run_here, words):
+    done = run_here(*words, "--json")
+    error = json.loads(done.stdout)["error"]
+    assert (done.returncode, error["type"]) == (2, "UsageError") and error["message"]
+    assert error["hint"].endswith(" --help`.") and not done.stderr
+    done = run_here(*words)
+    assert done.returncode == 2 and not done.stdout and error["message"] in done.stderr
+
+
+def test_what_nobody_foresaw_is_json_with_json(run_here, monkeypatch):
+    def burst(*_):
+        raise RuntimeError("the roof fell in")
+
+    monkeypatch.setattr("mlx_lora.listing.listing", burst)
+    done = run_here("ls", "--json")
+    error = json.loads(done.stdout)["error"]
+    assert (error["type"], error["message"]) == ("RuntimeError", "the roof fell in")
+    assert done.returncode == 1 and "in burst" in done.stderr
+    done = run_here("ls")
+    assert done.returncode == 1 and not done.stdout and "in burst" in done.stderr
 
 
 def test_ctrl_c_leaves_a_loadable_adapter_and_says_so(tmp_path):
@@ -232,6 +248,40 @@ def test_ctrl_c_leaves_a_loadable_adapter_and_says_so(tmp_path):
     from mlx_lora.adapter import files
 
     files.load(models.load("demo").model, run / "adapters")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", "demo"],
+        ["eval", "demo", "--task", "countdown"],
+        ["eval", "sft.yaml", "-o", "task=countdown"],
+        ["spectrum", "ADAPTER", "--model", "demo"],
+        ["spectrum", "ADAPTER", "--compare", "ADAPTER", "--model", "demo"],
+        ["shrink", "ADAPTER", "--out", "small", "--model", "demo"],
+        ["repair", "ADAPTER", "--out", "sound", "--model", "demo"],
+        ["generate", "demo", "-p", "x"],
+    ],
+)
+def test_a_models_own_code_runs_only_where_it_is_trusted(words, run_here, tmp_path, monkeypatch):
+    """Every command that loads a model, up to the loading."""
+    import mlx.core as mx
+
+    about = {"lora_parameters": {"rank": 2, "scale": 1.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    factors = {"q.lora_a": mx.ones((4, 2)), "q.lora_b": mx.ones((2, 4))}
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), factors)
+    (tmp_path / "sft.yaml").write_text("model: demo\nmethod: sft\ndata: x\n")
+    asked = []
+
+    def load(name, *, trust_remote_code=False, **_):
+        asked.append(trust_remote_code)
+        raise ModelError("far enough")
+
+    monkeypatch.setattr(models, "load", load)
+    given = [w.replace("ADAPTER", str(tmp_path)).replace("sft", f"{tmp_path}/sft") for w in words]
+    run_here(*given), run_here(*given, "--trust-remote-code")
+    assert asked == [False, True]
 
 
 def test_version_help_and_listings(run_cli):

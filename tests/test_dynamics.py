@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -18,6 +19,7 @@ from mlx_lora.spectral import dynamics, live
 from mlx_lora.spectral.dynamics import Look, summed_up
 from mlx_lora.spectral.metrics import effective_rank
 from mlx_lora.spectral.report import LoRAAnalyzer, write
+from mlx_lora.spectral.request import analyze_named
 from mlx_lora.spectral.show import moved
 from mlx_lora.spectral.spectrum import Pair, measure
 from mlx_lora.spectral.trajectories import by_kind
@@ -151,6 +153,20 @@ def test_volatility_is_in_decades():
     assert summed_up(seen(0.4)) is None and summed_up([]) is None
 
 
+def test_wrong_options_are_named():
+    for given, message in [
+        ("dynamics.window=0", "greater than or equal to 1"),
+        ("dynamics.window=2.5", "window"),
+        ("dynamics.settle=1", "Did you mean settled?"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            analyze_named(Path("nowhere"), None, option=[given])
+        key, _, value = given.removeprefix("dynamics.").partition("=")
+        yaml = YAML.replace("dynamics: {window: 1", f"dynamics: {{{key}: {value}")
+        with pytest.raises(ConfigError, match=message):
+            config.check_names(config.from_text(yaml))
+
+
 # In a run
 
 
@@ -166,7 +182,8 @@ check: {samples: 1}
 grpo: {group_size: 4}
 rollout: {max_tokens: 16}
 eval: {n: 8}
-monitor: {spectrum_every: 1, check_every: 0, alerts: {saturated: {steps: 2, change: 1000}}}
+monitor: {spectrum_every: 1, check_every: 0, alerts: {saturated: {steps: 2, change: 1000}},
+  dynamics: {window: 1, settled: 1}}
 """
 
 
@@ -191,8 +208,9 @@ def test_a_run_keeps_its_looks_and_spectrum_reads_them(run):
     looks = dynamics.looks_in(run)
     assert [x.step for x in looks] == [0, 1, 2, 3]
     assert all(rank > 1 for rank in looks[-1].gradient_rank.values())
-    report = LoRAAnalyzer(run).analyze()
-    assert report.dynamics == summed_up(looks) and report.dynamics.step == 3
+    report = analyze_named(run, None, option=["dynamics.window=1", "dynamics.settled=1"])
+    assert report.dynamics == summed_up(looks, window=1, settled=1) and report.dynamics.step == 3
+    assert report.dynamics != summed_up(looks)
     (document,) = [json.loads((run / "spectrum.json").read_text())]
     assert document["dynamics"] == asdict(report.dynamics)
     assert LoRAAnalyzer(run / "adapters").analyze().dynamics is None

@@ -14,21 +14,25 @@ from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRASwitchLinear
 
+from mlx_lora import models
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import attach, lora_layers
-from mlx_lora.bases import identity
 from mlx_lora.errors import AdapterError, ModelError, RunError
+from mlx_lora.report.compare import compare
 from mlx_lora.spectral import base, remembered
 from mlx_lora.spectral.gram import ba_singular_values, spectra
 from mlx_lora.spectral.metrics import LoRAAdapterMetrics, LoRAStructuralMetrics, kappa, metrics
 from mlx_lora.spectral.names import places
 from mlx_lora.spectral.report import LoRAAnalyzer, to_json, write
-from mlx_lora.spectral.show import table
+from mlx_lora.spectral.show import summary, table
 from mlx_lora.spectral.spectrum import Pair, measure, pairs
 from mlx_lora.spectral.structure import structure, suggested_rank
+from tests.test_ship import adapter
 from tests.tiny import tiny_loaded
 
-TOP_KEYS = {"schema", "status", "adapters", "structural", "dynamics", "alerts", "suggested_rank"}
+TOP_KEYS = {
+    "schema", "status", "adapters", "structural", "dynamics", "alerts", "suggested_rank", "notices",
+}  # fmt: skip
 ADAPTER_KEYS = {
     "nominal_rank", "alpha", "effective_rank_BA", "effective_rank_A", "effective_rank_B",
     "rank_utilization", "kappa_A", "kappa_B", "sigma_max_BA", "frobenius_BA", "effective_lr_scale",
@@ -181,6 +185,7 @@ def test_statuses():
 @pytest.mark.parametrize("bits", [None, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_lanczos_equals_svd(bits, dtype, small):
+    mx.random.seed(0)
     layer = nn.Linear(64, 96, bias=False)
     layer.set_dtype(dtype)
     weight = layer.weight
@@ -196,6 +201,22 @@ def test_lanczos_equals_svd(bits, dtype, small):
     np.testing.assert_allclose(base.top_singular_values(found, 5), wanted[:5], rtol=1e-5)
     assert base.sigma_max(found) == base.sigma_max(found) == pytest.approx(wanted[0], rel=1e-6)
     assert base.frobenius(found) == pytest.approx(np.linalg.norm(dense), rel=1e-5)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_a_weight_packed_the_other_way_is_the_same_weight(group_size):
+    layer = nn.Linear(384, 192, bias=False)
+    layer.weight += 0.5 * (mx.arange(192) % 7 == 0)[:, None]
+    found = base.matrix(nn.QuantizedLinear.from_linear(layer, group_size, 4), small=0)
+    x = random(384)
+    exact = np.array(found.rows(0, 192)).astype(np.float64) @ x
+    assert found.turned if mx.default_device() == mx.cpu else not found.turned
+    np.testing.assert_allclose(found.times(x), exact, atol=2e-5 * np.abs(exact).max())
+    unusual = [(192, 3, "affine"), (96, 4, "affine"), (192, 4, "mxfp4")]
+    for rows, bits, mode in unusual:
+        linear = nn.Linear(384, rows, bias=False)
+        layer = nn.QuantizedLinear.from_linear(linear, 32, bits, mode)
+        assert not base.matrix(layer, small=0).turned
 
 
 def test_lanczos_on_degenerate_weights():
@@ -310,7 +331,7 @@ def test_an_untrained_adapter_has_no_rank(tmp_path):
     assert {m.status for m in report.adapters.values()} == {"untrained"}
     assert report.suggested_rank is None
     assert [a.name for a in report.alerts] == ["untrained"]
-    assert report.structural.scaled_max_dominance == 0 and not report.structural.is_dominating
+    assert report.structural.scaled_max_dominance is None and not report.structural.is_dominating
     assert report.structural.adapter_health is None and report.structural.is_ill_conditioned is None
     document = check_json(report)
     assert {m["effective_rank_BA"] for m in document["adapters"].values()} == {None}
@@ -332,7 +353,12 @@ def test_a_module_with_nan_is_named_and_gives_no_advice(tmp_path):
 
 def test_a_scale_of_zero_is_drawn_in_words(tmp_path):
     report = LoRAAnalyzer(tiny(init="gaussian", scale=0.0)).analyze()
-    assert {a.name for a in report.alerts} == {"scale_mismatch"}
+    assert report.status == "switched_off" and report.suggested_rank is None
+    (alert,) = report.alerts
+    assert alert.name == "switched_off" and "in 14 of 14 modules" in alert.message
+    assert report.structural.scaled_max_dominance is None
+    assert report.structural.adapter_health is None
+    assert summary(report)[0] == "The adapter is switched off: its scale is 0."
     write(report, tmp_path)
 
 
@@ -350,18 +376,26 @@ def test_a_base_that_does_not_match_is_an_error(trained, tmp_path):
         LoRAAnalyzer(other).analyze()
 
 
-def test_a_base_of_the_same_sizes_and_other_weights_is_an_error(tmp_path):
-    loaded = tiny_loaded()
-    config = attach(loaded.model)
-    sketch = identity(loaded)["sketch"]
-    for about, fits in ((sketch, True), ([-x for x in sketch], False)):
-        files.save(loaded.model, config | {"base": {"sketch": about}}, tmp_path)
-        analyzer = LoRAAnalyzer(tmp_path, tiny_loaded())
-        if fits:
-            assert analyzer.analyze().structural.per_layer_dominance
-            continue
-        with pytest.raises(AdapterError, match="weights are others"):
-            analyzer.analyze()
+def test_another_base_of_the_same_shape_is_refused(tmp_path):
+    folder = adapter(tmp_path / "a", tiny_loaded(bits=4), init="gaussian")
+    assert not LoRAAnalyzer(folder, tiny_loaded(bits=4)).analyze().notices
+    for other in (tiny_loaded(seed=5), tiny_loaded(seed=5).model):
+        with pytest.raises(AdapterError, match="the base's weights are others"):
+            LoRAAnalyzer(folder, other).analyze()
+    report = LoRAAnalyzer(folder, tiny_loaded(bits=8)).analyze()
+    assert "in their last digits" in " ".join(to_json(report)["notices"])
+
+
+def test_a_base_is_quantized_as_it_was(tmp_path):
+    wanted = models.load("demo", quantize={"bits": 8})
+    folder = adapter(tmp_path / "a", wanted, keys=["q_proj"])
+    report = LoRAAnalyzer(folder, "demo").analyze()
+    assert not report.notices
+    assert report.structural == LoRAAnalyzer(wanted.model).analyze().structural
+    other = adapter(tmp_path / "b", models.load("demo"), keys=["q_proj"])
+    compared = compare([folder, other], "demo")
+    (notice,) = compared.notices
+    assert notice.startswith("b: the adapter was trained on 4-bit") and "8-bit" in notice
 
 
 @pytest.mark.parametrize(
@@ -427,6 +461,12 @@ def test_health_and_flags():
         {"good": good, "sick": sick, "idle": idle}, dict.fromkeys(("good", "sick", "idle"), 1e9)
     )
     assert found.adapter_health == 0.5 and found.is_ill_conditioned and not found.is_dominating
+    alone = structure({"good": good}, {"good": 1e9})
+    assert found.by_kind["good"].scaled_dominance_mean == alone.scaled_mean_dominance
+    with_idle = structure({"good": good, "idle": idle}, {"good": 1e9, "idle": 1e9})
+    assert with_idle.scaled_mean_dominance == alone.scaled_mean_dominance, "idle ones do not count"
+    assert with_idle.mean_dominance == alone.mean_dominance
+    assert with_idle.scaled_per_layer_dominance["idle"] == 0
     loud = structure({"good": good}, {"good": good.sigma_max_BA * 2 / 0.31})
     assert loud.is_dominating and loud.scaled_max_dominance == pytest.approx(0.31)
     assert loud.adapter_health == 0.0

@@ -1,6 +1,7 @@
 """Spectra from files: every format as stored, ten digits, broken files named, nothing heavy."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -8,13 +9,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lora import cpu_threads
+from mlx_lora import bases, cpu_threads
+from mlx_lora.adapter import files
+from mlx_lora.adapter.attach import attach, lora_layers
 from mlx_lora.adapter.mapped import BF16, mapped, widened
 from mlx_lora.errors import AdapterError
+from mlx_lora.report.compare import compare
+from mlx_lora.ship.shrink import refuse_unfit
 from mlx_lora.spectral import gram
 from mlx_lora.spectral.read import of_folder
-from mlx_lora.spectral.report import LoRAAnalyzer, to_json
+from mlx_lora.spectral.report import LoRAAnalyzer, to_json, write
+from mlx_lora.spectral.show import summary
 from mlx_lora.spectral.spectrum import measure
+from tests.tiny import tiny_loaded
 
 PLAIN = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": {"rank": 4, "scale": 2.0}}
 
@@ -184,6 +191,33 @@ def test_dora_and_padded_ranks(tmp_path):
     np.testing.assert_allclose(m.singular_values, dense(a[:, :2], b[:2]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("times", [1.0, 1.5, math.nan])
+def test_magnitudes_alone_are_judged_by_the_base(tmp_path, times):
+    loaded = tiny_loaded()
+    config = attach(loaded, dora=True, keys=["q_proj"], rank=4)
+    layers = lora_layers(loaded.model)
+    for layer in layers.values():
+        layer.m = times * layer.m
+    files.save(loaded.model, config, tmp_path)
+    alone, beside = (LoRAAnalyzer(tmp_path, m).analyze() for m in (None, tiny_loaded(bits=None)))
+    live = LoRAAnalyzer(loaded.model).analyze()
+    wanted = {1.0: "untrained", 1.5: "magnitudes"}.get(times, "non_finite")
+    assert alone.status == ("non_finite" if math.isnan(times) else "unjudged")
+    assert (beside.status, live.status) == (wanted, wanted)
+    assert beside.suggested_rank is None
+    assert [a.name for a in alone.alerts] == (["non_finite"] * 2 if math.isnan(times) else [])
+    for m in beside.adapters.values():
+        change = None if math.isnan(times) else pytest.approx(times - 1, abs=1e-6)
+        assert m.magnitude_change == change
+    if times == 1.5:
+        assert ["untrained" in line for line in summary(alone) + summary(beside)].count(True) == 0
+        assert "DoRA's magnitudes moved by at most 0.5 of the base's." in summary(beside)
+        write(alone, tmp_path)
+        write(beside, tmp_path)
+        with pytest.raises(AdapterError, match="has BA = 0 everywhere"):
+            refuse_unfit(of_folder(tmp_path), tmp_path, dora=True)
+
+
 def test_experts_are_read_one_by_one(tmp_path):
     a, b = random(3, 4, 9), random(3, 5, 4, seed=1)
     save(tmp_path, {f"{Q}.lora_a": a, f"{Q}.lora_b": b})
@@ -192,6 +226,26 @@ def test_experts_are_read_one_by_one(tmp_path):
     for e, m in enumerate(found.values()):
         wanted = dense(np.float32(a[e]).T, np.float32(b[e]).T)
         np.testing.assert_allclose(m.singular_values, wanted, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["adapters.safetensors", "0000100_adapters.safetensors", "peft"])
+def test_an_adapters_file_stands_for_its_folder(tmp_path, name):
+    """So does mlx-lm's checkpoint beside the adapter, which holds other factors."""
+    folder, *_ = peft_folder(tmp_path / "peft")
+    if name != "peft":
+        tensors = {"m.lora_a": random(9, 4), "m.lora_b": random(4, 5)}
+        config = {**PLAIN, "base": {"quantization": {"bits": 3}}}
+        folder = save(tmp_path / "a", tensors, config)
+        doubled = {n: mx.array(2 * x).astype(mx.float32) for n, x in tensors.items()}
+        mx.save_safetensors(str(folder / "0000100_adapters.safetensors"), doubled)
+    file = folder / name.replace("peft", "adapter_model.safetensors")
+    (found,), (whole,) = (LoRAAnalyzer(x).analyze().adapters.values() for x in (file, folder))
+    times = 4 if name.startswith("0") else 1
+    np.testing.assert_allclose(found.singular_values, np.multiply(times, whole.singular_values))
+    assert bases.recorded(file) == bases.recorded(folder)
+    assert [m["size"][0] / m["size"][1] for m in compare([file, folder]).modules.values()] == [
+        times
+    ]
 
 
 # Bad input

@@ -5,9 +5,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from mlx_lora import models
+from mlx_lora import exam, models
+from mlx_lora.adapter.attach import lora_layers
 from mlx_lora.cli import app
 from mlx_lora.errors import ConfigError
+from mlx_lora.progress import console
 from mlx_lora.ship import talk
 from mlx_lora.ship.switch import Adapters
 from mlx_lora.ship.talk import Chat, Manner, answers, opened, printable, spoken
@@ -50,6 +52,42 @@ def test_several_greedy_completions_are_refused():
         answers(Adapters(models.load("demo")), [QUESTION], 2, Manner())
     with pytest.raises(ConfigError, match="finite"):
         opened("demo", [], float("inf"))
+
+
+def test_strength_reaches_eval_and_check(loud, monkeypatch, tmp_path):
+    def seen(loaded, *_, **__):
+        return {"scales": {m.scale for m in lora_layers(loaded.model).values()}}
+
+    monkeypatch.setattr(exam, "evaluate", seen)
+    asked = exam.request("demo", "countdown", [], n=1, max_tokens=8)
+    quiet = console(quiet=True)
+    scales = [
+        exam.evaluate_named(asked, loud, 1, None, 0, quiet, strength=strength)["scales"]
+        for strength in (1.0, 0.5)
+    ]
+    assert [len(found) for found in scales] == [1, 1] and scales[1] == {scales[0].pop() / 2}
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Ben went home.\n")
+    options = ["check", "demo", "--adapter", str(loud), "--prompts", str(texts), "--json"]
+    assert json.loads(CliRunner().invoke(app, options).stdout)["bitwise_identical"] is False
+    options += ["--strength", "0"]
+    assert json.loads(CliRunner().invoke(app, options).stdout)["bitwise_identical"] is True
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "demo", "-p", "x", "--adapter", "a", "--adapter", "b"], "one adapter, got 2"),
+        (["generate", "demo", "-p", "x", "--strength", "0.5"], "no adapter that could"),
+        (["check", "demo", "--strength", "0.5"], "no adapter that could"),
+        (["check", "demo", "--adapter", "a", "--strength", "inf"], "finite"),
+        (["check", "demo", "--adapter", "a", "--strength", "2", "--certify"], "certificate"),
+        (["eval", "demo", "--task", "countdown", "--strength", "0"], "no adapter that could"),
+    ],
+)
+def test_strengths_and_adapters_that_would_go_unused_are_refused(words, message, run_here):
+    done = run_here(*words)
+    assert done.returncode == 2 and message in done.stderr
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -34,6 +34,12 @@ def folder_of(given: str) -> Path:
     return path.parent if path.name in (WEIGHTS, "adapter_model.safetensors") else path
 
 
+def place_of(given: Path) -> tuple[Path, str]:
+    """Folder and weights of an adapter; a file beside adapter_config.json may stand for both."""
+    named = given.suffix == ".safetensors"
+    return (given.parent, given.name) if named else (given, WEIGHTS)
+
+
 def labels(folders: Sequence[Path]) -> list[str]:
     """Short names that tell the adapters apart: the last part of each path that differs."""
     for depth in range(1, max(len(f.parts) for f in folders) + 1):
@@ -46,13 +52,11 @@ def labels(folders: Sequence[Path]) -> list[str]:
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """Config and tensors of an adapter folder, without a model. AdapterError when it is none.
 
-    A file beside adapter_config.json may stand for its folder. A folder that PEFT
-    wrote is read as if mlx-lm had written it.
+    A folder that PEFT wrote is read as if mlx-lm had written it.
     """
     from mlx_lora.adapter import peft
 
-    named = folder.suffix == ".safetensors"
-    folder, weights = (folder.parent, folder.name) if named else (folder, WEIGHTS)
+    folder, weights = place_of(folder)
     if peft.is_peft(folder):
         return peft.read_peft(folder)
     refuse_missing(folder, weights)

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
 from mlx_lora.adapter.inits import label
+from mlx_lora.adapter.strength import weaken_all
 from mlx_lora.adapter.tensors import intact
 from mlx_lora.check.gates import Gate, gates, ratio
 from mlx_lora.check.metrics import Measured, measure
@@ -75,6 +76,7 @@ def check(
     loaded: Loaded,
     *,
     adapter: Path | None = None,
+    strength: float = 1.0,
     init: str = "zero",
     init_options: Mapping[str, Any] | None = None,
     lora: Mapping[str, Any] | None = None,
@@ -88,7 +90,7 @@ def check(
 
     `lora` holds rank, scale, keys, num_layers. `expect` is same, healthy or changed; None means
     healthy for an adapter from disk and same for a fresh one. `samples` prompts are continued at
-    most. The model keeps the adapter.
+    most. `strength` is of an adapter from disk. The model keeps the adapter.
     """
     begin = time.perf_counter()
     refuse_expectation(expect)
@@ -97,6 +99,7 @@ def check(
     prints = fingerprint(loaded, probes)
     if adapter is not None:
         config = files.load(loaded.model, adapter)
+        weaken_all(loaded.model, strength)
         expect, start = expect or "healthy", None
     else:
         options = dict(init_options or {})

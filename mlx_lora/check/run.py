@@ -9,6 +9,7 @@ from mlx_lora import bases, models
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
 from mlx_lora.adapter.spline_math import asked as asked_curve
+from mlx_lora.adapter.strength import refuse_strength, weaken_all
 from mlx_lora.check import certificate
 from mlx_lora.check.gate import Limits, Report, check, check_limits, compare, refuse_expectation
 from mlx_lora.check.layers import drift
@@ -35,6 +36,7 @@ class Request:
     seed: int = 0
     against: str | None = None  # another model, to compare with ...
     adapter2: Path | None = None  # ... and its adapter
+    strength: float = 1.0  # of `adapter`
     trust_remote_code: bool = False
 
     def load(
@@ -105,7 +107,7 @@ def of_experiment(name: str, given: Request) -> Request:
         init=e.init.name,
         options=dict(e.init.options),
         seed=e.seed,
-        trust_remote_code=e.trust_remote_code,
+        trust_remote_code=given.trust_remote_code or e.trust_remote_code,
         expect=given.expect or own.expect,
         prompts=given.prompts or (Path(own.prompts) if own.prompts else None),
         samples=given.samples or own.samples,
@@ -142,6 +144,9 @@ def check_named(
     if asked.adapter is None and asked.against is None:
         attaching.foresee(asked.init, asked.options, asked.lora.get("rows"))
     adapter = asked.adapter
+    refuse_strength(asked.strength, adapted=adapter is not None)
+    if asked.strength != 1 and (certify or verify):
+        raise ConfigError("a certificate is of the adapter as it was trained: leave --strength out")
     expect = certificate.foresee(adapter, asked.expect, certify=certify, verify=verify, out=out)
     recorded = certificate.read(adapter) if adapter and verify else None
     quantize = asked.quantize or (certificate.quantization(recorded) if recorded else None)
@@ -151,6 +156,7 @@ def check_named(
         for model, folder in ((loaded, adapter), (other, asked.adapter2)):
             if folder:
                 files.load(model.model, folder)
+        weaken_all(loaded.model, asked.strength)
         base = Side(other)
         report = compare(
             loaded,
@@ -166,6 +172,7 @@ def check_named(
         report = check(
             loaded,
             adapter=adapter,
+            strength=asked.strength,
             init=asked.init,
             init_options=asked.options,
             lora=asked.lora,

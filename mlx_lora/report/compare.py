@@ -112,6 +112,7 @@ def compare(
     given: Sequence[Path],
     model: str | None = None,
     *,
+    trust_remote_code: bool = False,
     tell: Tell = lambda what, done, total: None,
 ) -> Comparison:
     """Two adapters or more. With `model`, their base, also dominance.
@@ -140,7 +141,7 @@ def compare(
             f"{' and '.join(names)} have no module in common",
             "Adapters of one architecture, on the same layers, can be compared.",
         )
-    loaded = loaded_model(model)
+    loaded = loaded_model(model, folders[0], trust_remote_code)
     reports = [LoRAAnalyzer(folder, loaded).analyze(tell=tell) for folder in folders]
     apart = [each(part, [one[m] for m in common]) for one in read]
     pairs = [
@@ -155,23 +156,33 @@ def compare(
         pairs,
         {m: some for m, some in there.items() if len(some) < len(read)},
         misfits,
-        strangers(names, folders),
+        [*strangers(names, folders), *told(names, reports)],
     )
 
 
-def loaded_model(model: str | None) -> Any:
-    """The base, once for all adapters."""
+def loaded_model(model: str | None, folder: Path, trust_remote_code: bool) -> Any:
+    """The base, once for all adapters, quantized as the first of them recorded."""
     if model is None:
         return None
     from mlx_lora import models
 
-    return models.load(model)
+    rebuild = bases.recorded(folder).get("quantization")
+    return models.load(model, rebuild=rebuild, trust_remote_code=trust_remote_code)
 
 
 def sizes_of(module: str, read: Sequence[Mapping[str, Pair]]) -> list[tuple[int, int]]:
     """The inputs and outputs that this module has, each once."""
     found = [one[module] for one in read if module in one]
     return list(dict.fromkeys((pair.a_IR.shape[0], pair.b_RO.shape[1]) for pair in found))
+
+
+def told(names: Sequence[str], reports: Sequence[LoRAReport]) -> list[str]:
+    """What each report says of the base."""
+    return [
+        f"{name}: {notice}"
+        for name, report in zip(names, reports, strict=True)
+        for notice in report.notices
+    ]
 
 
 def strangers(names: Sequence[str], folders: Sequence[Path]) -> list[str]:

@@ -16,7 +16,6 @@ from mlx_lora.adapter import files, peft
 from mlx_lora.adapter.attach import PLACED, lora_layers
 from mlx_lora.adapter.listen import layer_inputs
 from mlx_lora.adapter.mapped import widened
-from mlx_lora.adapter.tensors import WEIGHTS
 from mlx_lora.check import probes
 from mlx_lora.check.gate import Report, judged
 from mlx_lora.check.probes import Probes
@@ -92,6 +91,7 @@ def shrink(
     by: str = "kl",
     options: Mapping[str, Any] | None = None,
     weigh: bool = True,
+    trust_remote_code: bool = False,
     tell: Tell = lambda said: None,
 ) -> dict[str, Any]:
     """Cut the adapter in a folder by a rule and write it to `out`, if the check does not fail.
@@ -105,13 +105,15 @@ def shrink(
     refuse_occupied(out)
     trained = read(adapter_folder(adapter))
     folder = trained.folder
-    loaded, notices = load_base(trained, base_name(trained, model))
+    loaded, notices = load_base(
+        trained, base_name(trained, model), trust_remote_code=trust_remote_code
+    )
     config, tensors = files.read(folder)
     files.load(loaded.model, folder)
     layers = lora_layers(loaded.model)
     original: Factors = {name: (m.lora_a, m.lora_b) for name, m in layers.items()}
     held = list(pairs({f"{n}.{f}": ab[i] for n, ab in original.items() for i, f in FACTORS}, 1.0))
-    refuse_unfit(held, folder)
+    refuse_unfit(held, folder, dora=config.get("fine_tune_type") == "dora")
     texts = probes.read(loaded)
     heard = listened(loaded, layers, texts) if weigh else {}
     taken = {pair.name: decomposed(pair, heard.get(pair.name)) for pair in held}
@@ -143,7 +145,7 @@ def shrink(
     return done | {"notices": notices}
 
 
-def refuse_unfit(held: Sequence[Pair], folder: Path) -> None:
+def refuse_unfit(held: Sequence[Pair], folder: Path, *, dora: bool = False) -> None:
     """AdapterError for an adapter that holds nothing to cut: broken, or untrained."""
     broken = [p.name for p in held if not (finite(p.a_IR) and finite(p.b_RO))]
     if broken:
@@ -152,7 +154,8 @@ def refuse_unfit(held: Sequence[Pair], folder: Path) -> None:
             "Go back to the last good checkpoint.",
         )
     if not any(np.any(widened(p.b_RO)) and np.any(widened(p.a_IR)) for p in held):
-        raise AdapterError(f"{folder} is untrained: BA = 0 everywhere", "Train it first.")
+        what = "has BA = 0" if dora else "is untrained: BA = 0"  # magnitudes may be trained
+        raise AdapterError(f"{folder} {what} everywhere, there is no rank to keep")
 
 
 def decomposed(pair: Pair, x_NI: np.ndarray | None = None) -> Taken:
@@ -257,5 +260,5 @@ def parameters(factors: Factors) -> int:
 
 def size_on_disk(adapter: Path) -> int:
     """Bytes of the factors' file, in either format; `adapter` is its folder, or a checkpoint."""
-    places = (adapter, adapter / WEIGHTS, adapter / peft.WEIGHTS)
+    places = (adapter, adapter / files.WEIGHTS, adapter / peft.WEIGHTS)
     return next(place.stat().st_size for place in places if place.is_file())

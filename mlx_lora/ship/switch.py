@@ -1,12 +1,10 @@
 """Adapters on and off a running model: load several, switch between them, set their strength."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
@@ -14,13 +12,13 @@ from mlx_lm.tuner.lora import LoRALinear
 from mlx_lora import cpu
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import lora_layers
-from mlx_lora.errors import AdapterError, ConfigError, near
+from mlx_lora.adapter.strength import Whole, refuse_strength, weaken, whole_of
+from mlx_lora.errors import AdapterError, near
 from mlx_lora.models import Loaded
 from mlx_lora.ship.trained import read, refuse_other_base
 from mlx_lora.types import Factors
 
 Layers = Mapping[str, Any]
-Whole = tuple[float, mx.array | None]  # scale and m of a layer at strength 1
 
 
 def take_off(model: nn.Module) -> dict[str, Any]:
@@ -111,7 +109,7 @@ class Adapters:
             self.notices += refuse_other_base(read(folder, curved=True), self.loaded)
             layers = layers_of(self.loaded.model, folder)
         self._layers[name] = layers
-        self._whole[name] = [(float(m.scale), m.get("m")) for m in layers.values()]
+        self._whole[name] = [whole_of(layer) for layer in layers.values()]
         return name
 
     def use(self, name: str | None, strength: float = 1.0) -> None:
@@ -150,17 +148,3 @@ class Adapters:
     def _known(self, name: str) -> None:
         if name not in self._layers:
             raise AdapterError(f"there is no adapter named {name}", near(name, self._layers))
-
-
-def refuse_strength(strength: float) -> None:
-    if not math.isfinite(strength):
-        raise ConfigError(f"strength is a finite number, 1 for as trained, got {strength}")
-
-
-def weaken(layer: Any, whole: Whole, strength: float) -> None:
-    """Set a layer's scale, and DoRA's magnitudes as far from the base's as the strength says."""
-    scale, m_O = whole
-    layer.scale = strength * scale
-    if m_O is not None:
-        start_O = layer.first_norm_O()
-        layer.m = m_O if strength == 1 else start_O + strength * (m_O - start_O)

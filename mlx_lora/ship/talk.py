@@ -10,11 +10,12 @@ import mlx.core as mx
 from mlx_lora import bases, cpu, models
 from mlx_lora.adapter import files
 from mlx_lora.adapter.dora import frozen_norms
+from mlx_lora.adapter.strength import refuse_strength
 from mlx_lora.errors import ConfigError, UserError
 from mlx_lora.generate import generate
 from mlx_lora.models import Loaded, encode_prompt, eos_ids
 from mlx_lora.sampling import drawer_of, row_key, uniforms
-from mlx_lora.ship.switch import Adapters, refuse_strength
+from mlx_lora.ship.switch import Adapters
 from mlx_lora.types import Message
 
 PURPOSE = "talk"
@@ -37,7 +38,7 @@ def opened(
 
     A base that an adapter had quantized on load is quantized again, and its notices say so.
     """
-    refuse_strength(strength)
+    refuse_strength(strength, adapted=bool(folders))
     first = files.folder_of(str(folders[0])) if folders else None
     recorded = bases.recorded(first) if first else {}
     loaded = models.load(

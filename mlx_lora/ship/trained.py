@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lora import bases, models
 from mlx_lora.adapter import files, peft
 from mlx_lora.adapter.attach import EMBEDDINGS, LINEARS
-from mlx_lora.adapter.inits import REBASING
+from mlx_lora.adapter.inits import is_rebased
 from mlx_lora.adapter.tensors import unpadded
 from mlx_lora.errors import AdapterError, near
 from mlx_lora.models import Loaded
@@ -54,7 +54,7 @@ class Trained:
     @property
     def rebased(self) -> bool:
         """True where the init put other frozen weights under the adapter."""
-        return (self.config.get("init") or {}).get("name") in REBASING
+        return is_rebased(self.config)
 
     @property
     def about_base(self) -> Mapping[str, Any]:
@@ -140,20 +140,14 @@ def load_base(
 
 def refuse_other_base(trained: Trained, loaded: Loaded) -> list[str]:
     """What to know of the base. AdapterError lists every reason why the adapter is not for it."""
-    problems, notices = bases.compare(trained.about_base, loaded)
-    if trained.rebased and notices:
-        problems.append("its init wrote weights of its own under it: give that run's base folder")
-    problems += misfits(trained, loaded.model)
-    notices += [] if problems else left_out(trained.folder, loaded.model)
-    if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        recorded = trained.about_base.get("model")
-        hint = f"It was trained on {recorded}." if recorded else ""
-        raise AdapterError(
-            f"the adapter {trained.folder} does not belong to {loaded.name}:\n{lines}",
-            f"{hint} Name its base with --model.".strip(),
-        )
-    return notices
+    notices = bases.refuse_other(
+        trained.folder,
+        trained.about_base,
+        loaded,
+        rebased=trained.rebased,
+        misfits=misfits(trained, loaded.model),
+    )
+    return notices + left_out(trained.folder, loaded.model)
 
 
 def left_out(folder: Path, model: nn.Module | None) -> list[str]:

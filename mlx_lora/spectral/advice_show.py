@@ -29,7 +29,7 @@ def silence(document: Mapping[str, Any]) -> tuple[str, ...]:
     }
     if document["status"] in reasons:
         return (reasons[document["status"]],)
-    why = CARDS["broken" if document["status"] == "non_finite" else "untrained"]
+    why = CARDS[document["status"]]
     return (f"{document['finding']}: there is no advice on its rank.", why[-1])
 
 

@@ -68,6 +68,17 @@ def untrained(report: LoRAReport) -> list[Finding]:
 
 
 @alerts.add
+def switched_off(report: LoRAReport) -> list[Finding]:
+    """The scale is 0 where BA is not: the module changes nothing. One finding for all."""
+    off = [name for name, m in report.adapters.items() if m.status == "switched_off"]
+    if not off:
+        return []
+    message = f"the scale is 0 in {len(off)} of {len(report.adapters)} modules: they change nothing"
+    action = "Give it a scale above 0; a scale schedule that starts at 0 saves this at first."
+    return [Finding("switched_off", "", message, action)]
+
+
+@alerts.add
 def effective_rank_low(report: LoRAReport, *, threshold: float = LOW_UTILIZATION) -> list[Finding]:
     """The effective rank of BA is below a quarter of the nominal rank: rank is paid for in vain."""
     return [

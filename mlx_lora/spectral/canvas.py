@@ -37,12 +37,22 @@ CARDS = {  # what a picture says where there is nothing to draw
         "BA = 0 is how every harmless start looks before its first step: outputs equal the base's.",
         "After a training it means that no gradient reached it, or that another one was saved.",
     ),
-    "broken": (
+    "non_finite": (
         "A factor that holds NaN or infinity has no spectrum, no rank and no dominance.",
         "Every output that passes through it is lost.",
         "Go back to the last good checkpoint; lower the learning rate or clip gradients.",
     ),
-    "switched off": (
+    "magnitudes": (
+        "The lengths of the weight's rows were trained, and no direction was: BA = 0.",
+        "That has no spectrum and no rank; magnitude_change says how far the lengths went.",
+        "Run `mlx-lora check` on it to see what it does to the outputs.",
+    ),
+    "unjudged": (
+        "BA = 0, so that there is no spectrum; but DoRA also trains lengths of the weight's rows.",
+        "They change the outputs unless they are still the base's, which an adapter does not hold.",
+        "Name the base model to see it:  mlx-lora spectrum ADAPTER --model MODEL",
+    ),
+    "switched_off": (
         "A scale of 0 multiplies every update by nothing: outputs equal the base's.",
         "A scale schedule that starts at 0 saves this before its first steps.",
         "B and A get no gradient there either: start from a small scale instead.",

@@ -1,6 +1,6 @@
 """What costs many products with every weight: dominance by direction and on text, and intruders."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,12 +31,16 @@ def look(
     found: list[Pair],
     loaded: Loaded,
     structural: LoRAStructuralMetrics,
+    trained: Collection[str],
     *,
     top: int = 10,
     cosine: float = 0.5,
     tell: Tell = lambda done, total: None,
 ) -> LoRAStructuralMetrics:
-    """The structural record with all that needs the base's products or its reading of text."""
+    """The structural record with all that needs the base's products or its reading of text.
+
+    Of the `trained` modules alone; the others have none of these numbers.
+    """
     layers = frozen_layers(loaded.model)
     directions: dict[str, float | None] = {}
     strangers: dict[str, int | None] = {}
@@ -44,13 +48,14 @@ def look(
         name, expert = split_expert(pair.name)
         layer = layers[name]
         directions[pair.name] = strangers[pair.name] = None
-        if finite(pair.a_IR) and finite(pair.b_RO) and np.any(widened(pair.b_RO)):
+        if pair.name in trained:
             flat = lying(pair, layer)
             weight = matrix(layer, expert)
             directions[pair.name] = directional(weight, flat)
             strangers[pair.name] = intruders(weight, flat, top=top, cosine=cosine)
         tell(done + 1, len(found))
-    heard = on_text(loaded, found)
+    said = on_text(loaded, [pair for pair in found if pair.name in trained])
+    heard = {pair.name: said.get(pair.name) for pair in found}
     return replace(
         structural,
         directional_mean_dominance=mean(directions),

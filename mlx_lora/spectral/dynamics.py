@@ -8,12 +8,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Gt
 
 from mlx_lora.adapter.mapped import widened
 from mlx_lora.cpu_threads import each
+from mlx_lora.registry import check_options
 from mlx_lora.spectral.gram import spectra
 from mlx_lora.spectral.metrics import LoRADynamicsMetrics, effective_rank, kappa
 from mlx_lora.spectral.spectrum import Pair, finite, real
@@ -103,8 +105,17 @@ def looks_in(folder: Path) -> list[Look]:
     return []
 
 
+def options_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `summed_up`, as YAML or the command line has them; ConfigError lists the wrong."""
+    return check_options("dynamics", summed_up, given)
+
+
 def summed_up(
-    looks: Sequence[Look], *, window: int = 5, change: float = 0.05, settled: int = 50
+    looks: Sequence[Look],
+    *,
+    window: Annotated[int, Ge(1)] = 5,
+    change: Annotated[float, Gt(0)] = 0.05,
+    settled: Annotated[int, Ge(0)] = 50,
 ) -> LoRADynamicsMetrics | None:
     """What the looks amount to; None where there are not two.
 

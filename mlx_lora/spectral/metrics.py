@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 DOMINATING, CRITICAL = 0.30, 0.50  # of the base's largest singular value
 ILL_CONDITIONED = 1000.0
 LOW_UTILIZATION = 0.25
+STATUSES = (  # an adapter has the first that one of its modules has
+    "non_finite", "trained", "magnitudes", "unjudged", "switched_off", "untrained",
+)  # fmt: skip
 LADDER = (4, 8, 16, 32, 64, 128)  # ranks we advise
 
 # Every metric takes the R singular values, and is NaN for a zero update: nothing has no rank.
@@ -158,7 +161,9 @@ def rank_for(effective: float) -> int | None:
 class LoRAAdapterMetrics:
     """One adapted matrix, BA alone unless the name says scaled. None: it has no such number."""
 
-    status: str  # "trained" | "untrained" (BA = 0) | "non_finite"
+    # of STATUSES. untrained: BA = 0; switched_off: another BA, at scale 0; of DoRA with BA = 0
+    # magnitudes: they are not the base's row norms, unjudged: without a base nobody knows
+    status: str
     nominal_rank: int  # the R that was paid for
     alpha: float  # scale · nominal_rank, PEFT's lora_alpha
     effective_lr_scale: float  # scale: a step of B moves the weight by scale times it
@@ -172,6 +177,7 @@ class LoRAAdapterMetrics:
     kappa_B_status: str
     sigma_max_BA: float | None
     frobenius_BA: float | None
+    magnitude_change: float | None = None  # of DoRA, with a base: ‖m - n‖ / ‖n‖, n = its row norms
     scaled_relative_update: float | None = None  # ‖scale·BA‖_F / ‖W‖_F, with a base
     stable_rank: float | None = None
     energy_rank: float | None = None
@@ -254,10 +260,11 @@ class LoRAReport:
     suggested_rank: int | None = None
     looks: Sequence["Look"] = ()  # of the run, in order; not in the JSON
     splines: Mapping[str, "SplineMetrics"] = field(default_factory=dict)  # by module
+    notices: Sequence[str] = ()  # in what the base is another form of the one it learned on
 
     @property
     def status(self) -> str:
-        """`non_finite` where a module or curve is, `untrained` where all are, else `trained`."""
+        """The first of STATUSES that a module has, or a curve; without modules `untrained`."""
         found = {m.status for m in self.adapters.values()}
         found |= {"non_finite" for s in self.splines.values() if s.deviation is None}
-        return next((s for s in ("non_finite", "trained") if s in found), "untrained")
+        return next((s for s in STATUSES if s in found), "untrained")

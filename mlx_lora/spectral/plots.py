@@ -58,17 +58,13 @@ def draw(report: LoRAReport) -> dict[str, bytes]:
     """The pictures as PNG by file name. One that has nothing to show says why, and what to do."""
     import matplotlib
 
-    statuses = {m.status for m in report.adapters.values()}
-    scales = {m.effective_lr_scale for m in report.adapters.values()}
+    trained = any(m.status == "trained" for m in report.adapters.values())
     drawn = {"singular_values": curves, "effective_rank": ranks, "dominance": dominance}
     pictures = {}
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         for name, picture in drawn.items():
-            if "trained" not in statuses:
-                why = "broken" if "non_finite" in statuses else "untrained"
-                figure = card(f"The adapter {finding(report)}", CARDS[why])
-            elif scales == {0.0}:
-                figure = card("The adapter is switched off: its scale is 0", CARDS["switched off"])
+            if not trained:
+                figure = card(f"The adapter {finding(report)}", CARDS[report.status])
             elif name == "dominance" and not loud(report):
                 figure = card("Dominance is not known without the base model", CARDS["no base"])
             else:

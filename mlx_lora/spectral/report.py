@@ -6,18 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import numpy as np
 
 from mlx_lora.cpu_threads import each
 from mlx_lora.errors import AdapterError, near
 from mlx_lora.runlog import write_all
 from mlx_lora.spectral import splines
 from mlx_lora.spectral.alerts import find
-from mlx_lora.spectral.dynamics import Look, looks_in, summed_up
+from mlx_lora.spectral.dynamics import Look, looks_in, options_of, summed_up
 from mlx_lora.spectral.metrics import LoRAReport, LoRAStructuralMetrics
 from mlx_lora.spectral.names import natural, split_expert
 from mlx_lora.spectral.read import adapter_folder, of_folder, of_model
-from mlx_lora.spectral.spectrum import Pair, measure
+from mlx_lora.spectral.spectrum import Pair, judged, measure
 from mlx_lora.spectral.splines import SplineMetrics
 from mlx_lora.spectral.structure import structure, suggested_rank
 
@@ -44,10 +46,13 @@ class LoRAAnalyzer:
         model: "str | nn.Module | Loaded | None" = None,
         *,
         run: Path | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        self.adapter, self.run = adapter, run
-        self.model: Any = adapter if model is None and attached(adapter) else model
+        self.adapter, self.run, self.trust_remote_code = adapter, run, trust_remote_code
+        self.model: Any = adapter if model is None and not named(adapter) else model
         self._bases: dict[str, tuple[float, float]] = {}
+        self._norms: dict[str, np.ndarray] = {}  # of the base's rows, under DoRA
+        self.notices: list[str] = []  # of the base
 
     def analyze(
         self,
@@ -65,8 +70,10 @@ class LoRAAnalyzer:
         found = sorted(self.read(), key=lambda pair: natural(pair.name))
         if self.model is not None:
             self.measure_bases(found, tell)
-        measured = each(measure, found)
-        adapters = {pair.name: m for pair, m in zip(found, measured, strict=True)}
+        adapters = {
+            pair.name: judged(m, pair, self._norms[pair.name]) if pair.name in self._norms else m
+            for pair, m in zip(found, each(measure, found), strict=True)
+        }
         sigmas = None if self.model is None else {n: self._bases[n][0] for n in adapters}
         for name, m in adapters.items() if sigmas else ():
             frobenius = self._bases[name][1]
@@ -75,14 +82,16 @@ class LoRAAnalyzer:
                 adapters[name] = replace(m, scaled_relative_update=update)
         structural = structure(adapters, sigmas)
         if deep:
-            structural = self.look_deeper(found, structural, tell)
+            trained = {name for name, m in adapters.items() if m.status == "trained"}
+            structural = self.look_deeper(found, structural, trained, tell)
         looks = self.looks()
         report = LoRAReport(
             adapters,
             structural,
-            summed_up(looks, **(dynamics or {})),
+            summed_up(looks, **options_of(dynamics or {})),
             looks=looks,
             splines=self.splines(),
+            notices=self.notices,
         )
         rank = None if report.status == "non_finite" else suggested_rank(adapters)
         report = replace(report, suggested_rank=rank)
@@ -98,23 +107,22 @@ class LoRAAnalyzer:
 
     def looks(self) -> list[Look]:
         """What a run's monitor saw; nothing for an adapter's folder or a model without a run."""
-        if self.run is None and isinstance(self.adapter, str | Path):
+        if self.run is None and named(self.adapter):
             return looks_in(Path(self.adapter).expanduser())
         return [] if self.run is None else looks_in(self.run)
 
     def read(self) -> list[Pair]:
         """The factors, from the folder or the model."""
         adapter = self.adapter
-        return of_folder(adapter) if isinstance(adapter, str | Path) else of_model(adapter)
+        return of_folder(adapter) if named(adapter) else of_model(adapter)
 
     def splines(self) -> dict[str, SplineMetrics]:
         """The curves of a spline adapter; none of others."""
         adapter = self.adapter
-        named = isinstance(adapter, str | Path)
-        return splines.of_folder(adapter) if named else splines.of_model(adapter)
+        return splines.of_folder(adapter) if named(adapter) else splines.of_model(adapter)
 
     def look_deeper(
-        self, found: list[Pair], structural: LoRAStructuralMetrics, tell: Tell
+        self, found: list[Pair], structural: LoRAStructuralMetrics, trained: set[str], tell: Tell
     ) -> LoRAStructuralMetrics:
         from mlx_lora.models import Loaded
         from mlx_lora.spectral import deep
@@ -124,30 +132,38 @@ class LoRAAnalyzer:
                 "a deep look reads text with the base model",
                 "Name the model, or give what models.load() returned.",
             )
-        return deep.look(found, self.model, structural, tell=partial(tell, "a deep look"))
-
-    def other_base(self) -> list[str]:
-        """Why the model is not the base that an adapter's folder records, a line each."""
-        from mlx_lora import bases, models
-
-        adapter = self.adapter
-        if not isinstance(adapter, str | Path) or not isinstance(self.model, models.Loaded):
-            return []
-        about = bases.recorded(adapter_folder(adapter))
-        return [f"  {problem}" for problem in bases.compare(about, self.model)[0]]
+        told = partial(tell, "a deep look")
+        return deep.look(found, self.model, structural, trained, tell=told)
 
     def measure_bases(self, found: list[Pair], tell: Tell) -> None:
-        """σ_max and ‖W‖_F under every module, once. AdapterError lists what does not fit."""
-        from mlx_lora import models
+        """σ_max, ‖W‖_F and DoRA's row norms under every module, once.
+
+        AdapterError lists what does not fit.
+
+        A folder's adapter is held against what it recorded of its base.
+        """
+        from mlx_lora import bases, models
+        from mlx_lora.adapter.dora import row_norms
+        from mlx_lora.adapter.inits import is_rebased
         from mlx_lora.spectral import base
         from mlx_lora.spectral.remembered import Sizes
 
+        folder = adapter_folder(self.adapter) if named(self.adapter) else None
+        recorded = bases.recorded(folder) if folder else {}
         if isinstance(self.model, str):
-            self.model = models.load(self.model)
+            self.model = models.load(
+                self.model,
+                rebuild=recorded.get("quantization"),
+                trust_remote_code=self.trust_remote_code,
+            )
+        if folder and recorded and not self._bases:
+            self.notices = bases.refuse_other(
+                folder, recorded, self.model, rebased=is_rebased(bases.config_of(folder))
+            )
         model = self.model.model if isinstance(self.model, models.Loaded) else self.model
         missing = [pair for pair in found if pair.name not in self._bases]
         layers = base.frozen_layers(model) if missing else {}
-        others, problems = self.other_base() if missing else [], []
+        problems = []
         for pair in missing:
             name, expert = split_expert(pair.name)
             layer, shape_OI = layers.get(name), (pair.b_RO.shape[1], pair.a_IR.shape[0])
@@ -155,11 +171,11 @@ class LoRAAnalyzer:
                 problems.append(f"  {name} is not in the model. {near(name, layers, 1)}"[:200])
             elif misfit := base.misfit(layer, shape_OI, expert):
                 problems.append(f"  {pair.name}: {misfit}")
-        if others or problems:
+        if problems:
             more = [f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else []
             raise AdapterError(
-                f"{len(problems) or 'all'} of {len(found)} modules do not fit the base model\n"
-                + "\n".join([*others, *problems[:20], *more]),
+                f"{len(problems)} of {len(found)} modules do not fit the base model\n"
+                + "\n".join([*problems[:20], *more]),
                 "Was the adapter trained on another base? Without a base there is still a report.",
             )
         sizes = Sizes(model) if missing else None
@@ -167,17 +183,20 @@ class LoRAAnalyzer:
             assert sizes is not None
             name, expert = split_expert(pair.name)
             self._bases[pair.name] = sizes.of(pair.name, base.matrix(layers[name], expert))
+            if pair.m_O is not None and pair.m_O.size == layers[name].weight.shape[0]:
+                self._norms[pair.name] = np.array(row_norms(layers[name]), np.float64)
             tell("the base's weights", done + 1, len(missing))
         if sizes:
             sizes.keep()
 
 
-def attached(adapter: Any) -> bool:
-    return not isinstance(adapter, str | Path)
+def named(adapter: Any) -> TypeGuard[str | Path]:
+    """True for a folder, not for a model."""
+    return isinstance(adapter, str | Path)
 
 
 def to_json(report: LoRAReport) -> dict[str, Any]:
-    """The report as plain data: status, adapters, structural, dynamics, alerts, suggested_rank."""
+    """The report as plain data: status, adapters, structural, dynamics, alerts, notices ..."""
     document = {
         "schema": SCHEMA,
         "status": report.status,
@@ -189,6 +208,7 @@ def to_json(report: LoRAReport) -> dict[str, Any]:
             for f in report.alerts
         ],
         "suggested_rank": report.suggested_rank,
+        "notices": list(report.notices),
         **(
             {"splines": {n: asdict(s) for n, s in report.splines.items()}} if report.splines else {}
         ),

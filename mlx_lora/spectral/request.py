@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lora.errors import ConfigError
 from mlx_lora.spectral.alerts import alerts
+from mlx_lora.spectral.dynamics import options_of
 from mlx_lora.spectral.metrics import LoRAReport
 from mlx_lora.spectral.report import LoRAAnalyzer
 
@@ -14,21 +15,34 @@ if TYPE_CHECKING:
     from mlx_lora.progress import Watcher
 
 
+DYNAMICS = "dynamics"  # no alert, and set like one
+
+
 def analyze_named(
-    adapter: Path, model: str | None, *, deep: bool = False, option: Sequence[str] = ()
+    adapter: Path,
+    model: str | None,
+    *,
+    deep: bool = False,
+    option: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> LoRAReport:
-    """The report of an adapter or run folder. `option` is alert.threshold=number, each."""
+    """The report of an adapter or run folder. `option` is alert.threshold=number, each.
+
+    An option dynamics.name=number is one of `summed_up`.
+    """
     if deep and model is None:
         raise ConfigError("--deep compares with the base: name it with --model")
-    analyzer, limits = LoRAAnalyzer(adapter, model), thresholds(option)
+    analyzer = LoRAAnalyzer(adapter, model, trust_remote_code=trust_remote_code)
+    limits = thresholds(option)
+    asked: dict[str, Any] = {"dynamics": limits.pop(DYNAMICS, None), "alerts": limits}
     if model is None:
-        return analyzer.analyze(alerts=limits)
+        return analyzer.analyze(**asked)
     with Bars() as bars:
-        return analyzer.analyze(alerts=limits, deep=deep, tell=bars.tell)
+        return analyzer.analyze(**asked, deep=deep, tell=bars.tell)
 
 
 def thresholds(option: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Options by alert; names and keys are judged before any work."""
+    """Options by alert, and those of dynamics; names and keys are judged before any work."""
     if not option:
         return {}
     from mlx_lora.config import parse_options
@@ -42,7 +56,7 @@ def thresholds(option: Sequence[str]) -> dict[str, dict[str, Any]]:
             )
         found.setdefault(name, {})[threshold] = value
     for name, given in found.items():
-        alerts.bind(name, given)
+        options_of(given) if name == DYNAMICS else alerts.bind(name, given)
     return found
 
 

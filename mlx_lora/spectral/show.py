@@ -75,8 +75,9 @@ def summary(report: LoRAReport) -> list[str]:
         lines.append("Dominance is not known without the base model.")
     elif worst:
         lines.append(f"Dominance at scale is at most {worst:.2g} of the base.")
-    lines += [*deeper(report.structural), *moved(report.dynamics)]
+    lines += [*lengths(report), *deeper(report.structural), *moved(report.dynamics)]
     lines += [f"{headline(report.splines)}."] if report.splines else []
+    lines += [f"Note: {notice}." for notice in report.notices]
     by_name = defaultdict(list)
     for alert in report.alerts:
         by_name[alert.name].append(alert)
@@ -95,6 +96,12 @@ def rank_to_take(report: LoRAReport) -> str:
     if report.suggested_rank > paid:
         return f"A module uses nearly all of its rank: try rank {report.suggested_rank}."
     return f"Rank {report.suggested_rank} holds what every module uses."
+
+
+def lengths(report: LoRAReport) -> list[str]:
+    """How far DoRA's magnitudes went; nothing without a base, or of other adapters."""
+    known = [c for m in report.adapters.values() if (c := m.magnitude_change) is not None]
+    return [f"DoRA's magnitudes moved by at most {max(known):.2g} of the base's."] if known else []
 
 
 def deeper(s: LoRAStructuralMetrics) -> list[str]:

@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from mlx_lora.adapter.mapped import BF16, EPS
+from mlx_lora.adapter.mapped import BF16, EPS, widened
 from mlx_lora.errors import AdapterError, near
 from mlx_lora.spectral.gram import spectra
 from mlx_lora.spectral.metrics import LoRAAdapterMetrics, effective_rank, kappa, metrics
 
 FACTORS = ("lora_a", "lora_b")
 OTHERS = ("m", "spline", "spline_scale")  # of DoRA, of splines
+SAME = 1e-4  # of a row's norm: weights that were dequantized in bf16 move it by 3e-5
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Pair:
     b_RO: np.ndarray
     scale: float
     eps: float
+    m_O: np.ndarray | None = None  # DoRA's magnitudes
 
 
 def measure(pair: Pair) -> LoRAAdapterMetrics:
@@ -35,14 +37,15 @@ def measure(pair: Pair) -> LoRAAdapterMetrics:
         "alpha": pair.scale * rank,
         "effective_lr_scale": pair.scale,
     }
-    if not (finite(pair.a_IR) and finite(pair.b_RO) and math.isfinite(pair.scale)):
+    parts = [x for x in (pair.a_IR, pair.b_RO, pair.m_O) if x is not None]
+    if not (all(map(finite, parts)) and math.isfinite(pair.scale)):
         return without_numbers(about)
     s_ba, s_a, s_b = spectra(pair.a_IR, pair.b_RO)
     found: dict[str, Any] = {name: real(metrics[name](s_ba)) for name in metrics}
     effective = found.pop("effective_rank")
     (kappa_a, status_a), (kappa_b, status_b) = kappa(s_a, pair.eps), kappa(s_b, pair.eps)
     return LoRAAdapterMetrics(
-        status="trained" if s_ba[0] > 0 else "untrained",
+        status=status(pair, s_ba),
         **about,
         effective_rank_BA=effective,
         effective_rank_A=real(effective_rank(s_a)),
@@ -59,6 +62,29 @@ def measure(pair: Pair) -> LoRAAdapterMetrics:
         **found,
         singular_values=tuple(s_ba.tolist()),
     )
+
+
+def status(pair: Pair, s_ba: np.ndarray) -> str:
+    """What a module with finite factors is, see `metrics.STATUSES`."""
+    if s_ba[0] == 0:
+        return "untrained" if pair.m_O is None or not pair.scale else "unjudged"
+    return "trained" if pair.scale else "switched_off"
+
+
+def judged(m: LoRAAdapterMetrics, pair: Pair, norm_O: np.ndarray) -> LoRAAdapterMetrics:
+    """The metrics with what DoRA's magnitudes are beside the base's row norms, where they start.
+
+    With BA = 0 a difference that rounding explains, of m or of the weights, leaves it untrained.
+    """
+    if pair.m_O is None or m.status == "non_finite":
+        return m
+    off_O = widened(pair.m_O).ravel() - norm_O
+    size = float(np.linalg.norm(norm_O))
+    change = float(np.linalg.norm(off_O)) / size if size else None
+    moved = np.any(np.abs(off_O) > max(SAME, EPS[pair.m_O.dtype]) * norm_O)
+    found = "magnitudes" if moved else "untrained"
+    known = found if m.status == "unjudged" else m.status
+    return replace(m, magnitude_change=change, status=known)
 
 
 def without_numbers(about: Mapping[str, Any]) -> LoRAAdapterMetrics:
@@ -87,8 +113,8 @@ def share(value: float | None, rank: int) -> float | None:
 def pairs(tensors: Mapping[str, Any], scales: Mapping[str, float] | float) -> Iterator[Pair]:
     """Factors by module, from tensors named `<module>.lora_a` and `.lora_b`; experts one by one.
 
-    DoRA's magnitudes and the curves of splines are passed over. AdapterError lists every tensor
-    that is none of these, has no partner, or does not fit it.
+    The curves of splines are passed over. AdapterError lists every tensor that is none of these,
+    has no partner, or does not fit it.
     """
     modules = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
     problems = [
@@ -111,7 +137,8 @@ def pairs(tensors: Mapping[str, Any], scales: Mapping[str, float] | float) -> It
         )
     for module in modules:
         scale = scales if isinstance(scales, float | int) else scales[module]
-        yield from split(module, tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"], scale)
+        a, b, m = (tensors.get(f"{module}.{f}") for f in ("lora_a", "lora_b", "m"))
+        yield from split(module, a, b, scale, m)
 
 
 def fits(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
@@ -121,12 +148,12 @@ def fits(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return a[1] == b[0] if len(a) == 2 else len(a) == 3 and a[0] == b[0] and a[1] == b[2]
 
 
-def split(name: str, a: Any, b: Any, scale: float) -> Iterator[Pair]:
+def split(name: str, a: Any, b: Any, scale: float, m: Any = None) -> Iterator[Pair]:
     """The pairs in one layer's factors: one, or one per expert (whose factors lie transposed)."""
     a, b = as_numpy(a), as_numpy(b)
     eps = max(EPS[a.dtype], EPS[b.dtype])
     if a.ndim == 2:
-        yield Pair(name, a, b, float(scale), eps)
+        yield Pair(name, a, b, float(scale), eps, None if m is None else as_numpy(m))
         return
     for e in range(len(a)):
         yield Pair(f"{name}[{e}]", a[e].T, b[e].T, float(scale), eps)

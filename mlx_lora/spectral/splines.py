@@ -12,7 +12,7 @@ import numpy as np
 from mlx_lora.adapter.mapped import mapped, widened
 from mlx_lora.adapter.peft import is_peft
 from mlx_lora.adapter.spline_math import Curve, asked, curve_at, knots, slopes
-from mlx_lora.adapter.tensors import WEIGHTS, described
+from mlx_lora.adapter.tensors import described, place_of
 from mlx_lora.errors import AdapterError
 from mlx_lora.spectral.canvas import HEADLINE, INK, QUIET, blank, inches, shades, whole_numbers
 from mlx_lora.spectral.names import kinds, places
@@ -43,10 +43,11 @@ def of_folder(given: str | Path) -> dict[str, SplineMetrics]:
     folder = adapter_folder(given)
     if is_peft(folder):
         return {}
-    curve = asked(described(folder)["lora_parameters"])
+    folder, weights = place_of(folder)
+    curve = asked(described(folder, weights)["lora_parameters"])
     if curve is None:
         return {}
-    stored = mapped(folder / WEIGHTS)
+    stored = mapped(folder / weights)
     names = [n.removesuffix(".lora_b") for n in stored if n.endswith(".lora_b")]
     parts = {"spline": (curve.num_knots,), "spline_scale": (1,)}
     wanted = {f"{n}.{part}": shape for n in names for part, shape in parts.items()}

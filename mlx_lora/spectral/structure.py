@@ -8,6 +8,7 @@ from typing import Any
 from mlx_lora.spectral.metrics import (
     DOMINATING,
     ILL_CONDITIONED,
+    STATUSES,
     Group,
     LoRAAdapterMetrics,
     LoRAReport,
@@ -22,7 +23,10 @@ SATURATED = 0.90  # utilisation above which more rank may be of use
 def structure(
     adapters: Mapping[str, LoRAAdapterMetrics], sigmas: Mapping[str, float] | None
 ) -> LoRAStructuralMetrics:
-    """The adapter as a whole. `sigmas` is σ_max(W) by module, None without a base."""
+    """The adapter as a whole. `sigmas` is σ_max(W) by module, None without a base.
+
+    Means and maxima of dominance are over the modules that are trained.
+    """
     judged = {n: m for n, m in adapters.items() if m.status == "trained"}
     ill = any(m.worst_kappa > ILL_CONDITIONED for m in judged.values()) if judged else None
     if sigmas is None:
@@ -33,12 +37,13 @@ def structure(
     scaled = {
         n: None if d is None else abs(adapters[n].effective_lr_scale) * d for n, d in plain.items()
     }
-    worst = greatest(scaled)
+    loud, at_scale = ({n: values[n] for n in judged} for values in (plain, scaled))
+    worst = greatest(at_scale)
     return LoRAStructuralMetrics(
-        mean_dominance=mean(plain),
-        max_dominance=greatest(plain),
+        mean_dominance=mean(loud),
+        max_dominance=greatest(loud),
         per_layer_dominance=plain,
-        scaled_mean_dominance=mean(scaled),
+        scaled_mean_dominance=mean(at_scale),
         scaled_max_dominance=worst,
         scaled_per_layer_dominance=scaled,
         adapter_health=health(adapters, scaled),
@@ -77,11 +82,12 @@ def group(
     share: Mapping[str, float],
     scaled: Mapping[str, float | None],
 ) -> Group:
-    loudness = {n: scaled.get(n) for n in names if adapters[n].status == "trained"}
+    trained = [n for n in names if adapters[n].status == "trained"]
+    loudness = {n: scaled.get(n) for n in trained}
     return Group(
         modules=len(names),
-        effective_rank_mean=mean({n: adapters[n].effective_rank_BA for n in names}),
-        rank_utilization_mean=mean({n: adapters[n].rank_utilization for n in names}),
+        effective_rank_mean=mean({n: adapters[n].effective_rank_BA for n in trained}),
+        rank_utilization_mean=mean({n: adapters[n].rank_utilization for n in trained}),
         energy_share=sum(share[n] for n in names) if share else None,
         scaled_dominance_mean=mean(loudness),
         scaled_dominance_max=greatest(loudness),
@@ -91,12 +97,12 @@ def group(
 def health(
     adapters: Mapping[str, LoRAAdapterMetrics], scaled: Mapping[str, float | None]
 ) -> float | None:
-    """Share of sound modules among those not untrained, in [0, 1]; None where all are untrained.
+    """Share of sound modules among those that act, in [0, 1]; None where none does.
 
     Sound: finite, κ of A and B <= 1000, scaled dominance <= 0.30. Without a base nothing is known
     of dominance, and the share is of the other two alone.
     """
-    judged = {n: m for n, m in adapters.items() if m.status != "untrained"}
+    judged = {n: m for n, m in adapters.items() if m.status in ("trained", "non_finite")}
     if not judged:
         return None
     sound = [
@@ -142,15 +148,20 @@ def greatest(values: Mapping[str, float | None]) -> float | None:
 def finding(report: LoRAReport) -> str:
     """What the adapter does with its rank; reads on from "The adapter …"."""
     adapters = report.adapters.values()
-    count = {
-        s: sum(m.status == s for m in adapters) for s in ("trained", "untrained", "non_finite")
-    }
+    count = {s: sum(m.status == s for m in adapters) for s in reversed(STATUSES)}
     others = [f"{n} {s.replace('_', '-')}" for s, n in count.items() if n and s != "trained"]
     if not count["trained"]:
         if count["non_finite"]:
             return f"is broken: {' and '.join(others)} of {len(adapters)} modules"
-        return f"is untrained: BA = 0 in all {len(adapters)} modules"
-    used = [m for m in adapters if m.effective_rank_BA is not None]
+        idle = f"BA = 0 in all {len(adapters)} modules"
+        if moved := count["magnitudes"]:
+            return f"has {idle}, and trained magnitudes of DoRA in {moved}"
+        if count["unjudged"]:
+            return f"has {idle}, and magnitudes of DoRA that only its base can judge"
+        if count["switched_off"]:
+            return "is switched off: its scale is 0"
+        return f"is untrained: {idle}"
+    used = [m for m in adapters if m.status == "trained" and m.effective_rank_BA is not None]
     if not used:
         return f"has no known effective rank in any of {len(adapters)} modules"
     average = sum(m.effective_rank_BA or 0.0 for m in used) / len(used)

@@ -10,6 +10,14 @@ from mlx_lora.adapter.inits import (  # noqa: F401  each fills the table
     random,
     reference,
 )
-from mlx_lora.adapter.inits.table import HARMLESS, REBASING, harmless, inits, is_harmless, label
+from mlx_lora.adapter.inits.table import (
+    HARMLESS,
+    REBASING,
+    harmless,
+    inits,
+    is_harmless,
+    is_rebased,
+    label,
+)
 
-__all__ = ["HARMLESS", "REBASING", "harmless", "inits", "is_harmless", "label"]
+__all__ = ["HARMLESS", "REBASING", "harmless", "inits", "is_harmless", "is_rebased", "label"]

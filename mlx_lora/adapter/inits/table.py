@@ -53,6 +53,11 @@ def harmless_unless(option: str) -> Callable[[Init], Init]:
     return mark
 
 
+def is_rebased(config: Mapping[str, Any]) -> bool:
+    """True where the init that an adapter's config names put other frozen weights under it."""
+    return (config.get("init") or {}).get("name") in REBASING
+
+
 def rebasing(init: Init) -> Init:
     """Mark an init that changes the base: a run saves that base beside the adapter."""
     REBASING.add(init.__name__)  # type: ignore[attr-defined]
