@@ -34,8 +34,12 @@ from mlx_lora.tasks import load_task
 ROOT = Path(__file__).resolve().parents[1]
 GOALS = {"training": 0.5, "decoding": 0.85}
 WIDTH, TOKENS = 24, 16  # tokens of a row that trains, and of a completion
-TRAINED = (16, 128)  # rows at once
-DECODED = ((1, 1), (8, 1), (8, 8), (128, 1))  # prompts, and completions of each
+Sizes = dict[str, tuple[tuple[int, int], ...]]
+NARROW: Sizes = {  # rows at once: prompts, and completions of each
+    "training": ((16, 1), (128, 1)),
+    "decoding": ((1, 1), (8, 1), (8, 8), (128, 1)),
+}
+BROAD: Sizes = {"training": ((16, 1),), "decoding": ((1, 1), (8, 1), (8, 8))}
 WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4}
 WIDE |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
 CURVES = {"lora": None, "spline": Curve(), "soft": Curve(interpolation_method="soft")}
@@ -105,12 +109,11 @@ def speed(work: Callable[[], int], least: float) -> float:
 
 
 def measure(
-    model: str, rounds: int, least: float, curves: dict[str, Curve | None]
+    model: str, sizes: Sizes, rounds: int, least: float, curves: dict[str, Curve | None]
 ) -> list[dict[str, Any]]:
     sides = {name: adapted(model, curve) for name, curve in curves.items()}
     first, *_ = lora_layers(sides["lora"].model).values()  # an attention's: it has the width
     width, found = len(first.lora_a), []
-    sizes = {"training": [(rows, 1) for rows in TRAINED], "decoding": DECODED}
     for kind, make in (("training", learning), ("decoding", decoding)):
         for size in sizes[kind]:
             works = {name: make(loaded, size) for name, loaded in sides.items()}
@@ -146,8 +149,10 @@ def main() -> None:
     rounds, least = (1, 0.01) if given.tiny else (given.rounds, given.seconds)
     curves = {n: c for n, c in CURVES.items() if n != "soft" or not given.tiny}
     with tempfile.TemporaryDirectory() as place:
-        names = ["demo"] if given.tiny else ["demo", wide(Path(place))]
-        rows = [row for name in names for row in measure(name, rounds, least, curves)]
+        rows = measure("demo", NARROW, rounds, least, curves)
+        if not given.tiny:
+            straight = {n: c for n, c in curves.items() if n != "soft"}
+            rows += measure(wide(Path(place)), BROAD, rounds, least, straight)
     report = {
         "script": "scripts/bench_spline.py",
         "commit": commit(),

@@ -68,7 +68,7 @@ def test_a_spline_from_a_yaml_trains_and_is_resumed_to_the_bit(run, tmp_path, mo
     assert len(bends) == 2 and all(mx.any(bend).item() for bend in bends.values())
     begun = files.read(whole / "adapters" / "initial")[1]
     grids = [name for name in one if name.endswith(".spline_scale")]
-    assert all(mx.array_equal(one[n], begun[n]) and one[n].item() != 1 for n in grids)
+    assert all(one[n].item() != begun[n].item() != 1 for n in grids)  # they kept up
     assert not any(mx.any(begun[name]).item() for name in bends)
     its_start_is_certified(whole / "adapters", tmp_path)
 

@@ -166,8 +166,6 @@ def refuse_strangers(trained: Sequence[Trained]) -> list[str]:
             problems.append(f"{t.folder} is a DoRA adapter: its update is no product of factors")
         if t.experts:
             problems.append(f"{t.folder} adapts stacked experts, whose factors are not merged yet")
-        if not math.isfinite(t.scale):
-            problems.append(f"{t.folder}: its scale is {t.scale}")
         if t.broken:
             problems.append(f"{t.folder}: NaN or infinity in {named(t.broken)}")
     first, *others = trained
