@@ -148,6 +148,7 @@ def test_two_processes_are_one(tmp_path, run_cli):
     assert any(not mx.array_equal(start[k], pairs[0][k]) for k in start), "nothing was learnt"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_together(tmp_path, run_cli):
     """Rank 1 has no checkpoint on its disk: it is told where rank 0 stands. Begun by one alone."""
     path, folder = tmp_path / "run.yaml", tmp_path / "run"

@@ -96,6 +96,7 @@ def test_resume_refuses_another_experiment_and_a_finished_run(tmp_path):
         run(tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_is_resumed_to_the_same_bits(tmp_path):
     """SIGKILL before the first step and within the run; the first one leaves no checkpoint."""
     path = tmp_path / "small.yaml"

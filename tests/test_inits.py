@@ -71,9 +71,16 @@ def given(init: str, trained, full) -> dict:
                 and k in needed)}  # fmt: skip
 
 
+SELDOM = (2, 3, 5, 6)  # bits
+FORMS = [
+    pytest.param(dtype, bits, marks=[pytest.mark.slow] * (dtype != mx.float32 and bits in SELDOM))
+    for dtype in (mx.float32, mx.float16, mx.bfloat16)
+    for bits in (None, 2, 3, 4, 5, 6, 8)
+]
+
+
 @pytest.mark.parametrize("init", sorted(HARMLESS))
-@pytest.mark.parametrize("bits", [None, 2, 3, 4, 5, 6, 8])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "bits"), FORMS, ids=str)
 def test_harmless_inits_leave_logits_bitwise_equal(init, bits, dtype, trained, full):
     loaded = tiny_loaded(bits=bits, dtype=dtype)
     before = logits(loaded.model)

@@ -124,6 +124,7 @@ for factor in ("lora_b", "lora_a"):
 """
 
 
+@pytest.mark.slow
 def test_it_does_so_to_the_bit_on_the_plain_path():
     """In batches of one shape, in a process of its own: the path is chosen when MLX loads."""
     environment = os.environ | {"MLX_LORA_CPU": "plain"}

@@ -336,6 +336,7 @@ def test_memory_of_a_large_vocabulary_does_not_grow_with_the_tokens():
     assert long < 8 * vocabulary.CHUNK_BYTES["cpu"]
 
 
+@pytest.mark.slow
 def test_recomputing_takes_less_memory_the_deeper_the_model():
     kept, again = (peaks(96, 200, layers=8, again=on)[1] for on in (0, 1))
     assert again < 0.5 * kept

@@ -153,6 +153,7 @@ def test_twenty_losses_of_a_tiny_model_are_those_of_mlx_lm(kind, tmp_path, capsy
     assert loss <= TOLERANCE and weight <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_twenty_losses_of_the_embedded_model_are_those_of_mlx_lm(tmp_path, capsys):
     loss, weight = compared("demo", "completions", tmp_path)
     assert loss <= TOLERANCE and weight <= TOLERANCE

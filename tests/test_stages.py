@@ -149,7 +149,12 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+SELDOM = ("before its first checkpoint", "between the stages", "while explaining")
+
+
+@pytest.mark.parametrize(
+    "place", [pytest.param(p, marks=[pytest.mark.slow] * (p in SELDOM)) for p in PLACES]
+)
 def test_a_run_cut_anywhere_and_resumed_equals_an_uninterrupted_one(
     place, whole, quick, tmp_path, monkeypatch
 ):
@@ -309,6 +314,7 @@ def test_sft_alone_resumes_bitwise(rows, tmp_path, monkeypatch):
     assert equal(tmp_path / "whole" / "adapters", tmp_path / "cut" / "adapters")
 
 
+@pytest.mark.slow
 def test_dora_and_lora_plus_go_through_both_stages(quick, tmp_path):
     lora = "lora_parameters: {scale: 2.0, lora_plus_ratio: 4}\nfine_tune_type: dora"
     run(tmp_path / "run", YAML.replace("model: demo", f"model: demo\n{lora}"))
