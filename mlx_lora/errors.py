@@ -4,7 +4,7 @@ Say what is wrong, what was expected, and what to do next; collect all problems 
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -65,3 +65,13 @@ def near(name: str, known: Iterable[str], count: int = 3) -> str:
     if close:
         return f"Did you mean {' or '.join(close)}?"
     return f"There is: {', '.join(names)}." if names else "There is none."
+
+
+def few(names: Sequence[str], count: int = 3) -> str:
+    """The first names of many, and how many there are besides.
+
+    >>> few(["a", "b"]), few(list("abcdefg"), 5)
+    ('a, b', 'a, b, c, d, e and 2 more')
+    """
+    rest = len(names) - count
+    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")

@@ -8,7 +8,6 @@ Parameters: LoRA's, `spline` [K], how far the curve's values are from its knots,
 `spline_scale` [1], which stretches the knots over the range of the data, now and then again.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,7 +156,7 @@ def keep_up(
     Not where `share` is 0.
     """
     if share and steps_done & (steps_done - 1) == 0 and spline_layers(model):
-        calibrate(model, itertools.islice(texts, TOKENS), share)
+        calibrate(model, texts, share)
 
 
 def grids(model: nn.Module) -> dict[str, mx.array]:

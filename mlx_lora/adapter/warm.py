@@ -25,7 +25,7 @@ from mlx_lora.adapter.spline import refuse_unsound
 from mlx_lora.adapter.spline_math import Curve, asked
 from mlx_lora.adapter.tensors import unpadded
 from mlx_lora.config import locate, refuse
-from mlx_lora.errors import AdapterError
+from mlx_lora.errors import AdapterError, few
 from mlx_lora.models import Loaded
 from mlx_lora.schema import Experiment, LoraParameters, Stage
 from mlx_lora.yamlfile import KeyPath
@@ -145,7 +145,7 @@ def other_ranks(
         if wanted[name] != rank:
             pairs.setdefault((wanted[name], rank), []).append(name)
     for (mine, its), names in pairs.items():
-        yield f"rank {mine} does not fit the adapter's {its} of {some(names)}. {HINT}"
+        yield f"rank {mine} does not fit the adapter's {its} of {few(names, SHOWN)}. {HINT}"
 
 
 def notices(
@@ -229,14 +229,5 @@ def of_new(fresh: list[str], model: nn.Module) -> str:
     """The sentence about layers that the adapter does not have."""
     return (
         f"{len(fresh)} of {len(lora_layers(model))} layers are not in the adapter that training "
-        f"starts from, and start at zero: {some(fresh)}"
+        f"starts from, and start at zero: {few(fresh, SHOWN)}"
     )
-
-
-def some(names: list[str]) -> str:
-    """
-    >>> some(["a", "b"]), some(list("abcdefg"))
-    ('a, b', 'a, b, c, d, e and 2 more')
-    """
-    rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")

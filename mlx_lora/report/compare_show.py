@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from mlx_lora.errors import few
 from mlx_lora.report.compare import Comparison, Numbers, PairOf, whole
 from mlx_lora.report.markup import ABSENT, percent, shown
 
@@ -100,13 +101,9 @@ def sentences(found: Comparison) -> list[str]:
     """What the tables do not say: what is not common, what is of another base."""
     said = [f"Note: {notice}." for notice in found.notices]
     if found.misfits:
-        sizes = [f"{m} ({', '.join(s)})" for m, s in list(found.misfits.items())[:WORDS]]
-        said.append(f"Of other sizes, left out: {listed(sizes, len(found.misfits))}.")
+        sizes = [f"{m} ({', '.join(s)})" for m, s in found.misfits.items()]
+        said.append(f"Of other sizes, left out: {few(sizes, WORDS)}.")
     if found.only:
-        some = [f"{m} ({', '.join(n)})" for m, n in list(found.only.items())[:WORDS]]
-        said.append(f"Not in all, left out: {listed(some, len(found.only))}.")
+        some = [f"{m} ({', '.join(n)})" for m, n in found.only.items()]
+        said.append(f"Not in all, left out: {few(some, WORDS)}.")
     return said
-
-
-def listed(some: list[str], count: int) -> str:
-    return ", ".join(some) + (f" and {count - len(some)} more" if count > len(some) else "")

@@ -10,13 +10,11 @@ from typing import Any
 from mlx_lora import bases
 from mlx_lora.adapter import files, peft
 from mlx_lora.adapter.attach import EMBEDDINGS, heads_in
-from mlx_lora.errors import AdapterError
+from mlx_lora.errors import AdapterError, few
 from mlx_lora.models import Loaded
 from mlx_lora.ship import gguf_files, peft_files
 from mlx_lora.ship.switch import Layers, layers_of, layers_with
 from mlx_lora.ship.trained import Trained
-
-FEW = 3  # modules named in a sentence
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,7 @@ def unlike_plain_lora(trained: Trained) -> list[str]:
     problems = []
     if trained.experts:
         problems.append(
-            f"{named(trained.experts)}: factors of stacked experts have a layout that only mlx-lm "
-            "has"
+            f"{few(trained.experts)}: factors of stacked experts have a layout that only mlx-lm has"
         )
     if trained.rebased:
         problems.append(
@@ -128,7 +125,7 @@ def unfit_for_peft(trained: Trained, config: Mapping[str, Any]) -> list[str]:
 
 
 def unlike_tied(modules: list[str]) -> str:
-    return f"{named(modules)}: mlx-lm adapts the tied output head with it, PEFT does not"
+    return f"{few(modules)}: mlx-lm adapts the tied output head with it, PEFT does not"
 
 
 def unfit_for_gguf(trained: Trained, config: Mapping[str, Any]) -> list[str]:
@@ -140,7 +137,7 @@ def unfit_for_gguf(trained: Trained, config: Mapping[str, Any]) -> list[str]:
         known = ", ".join(gguf_files.ARCHITECTURES)
         problems.append(f"no mapping to llama.cpp's names for a {kind}; there is one for {known}")
     elif nameless := [m for m in trained.modules if gguf_files.tensor_name(m) is None]:
-        problems.append(f"{named(nameless)}: no name in llama.cpp that was verified")
+        problems.append(f"{few(nameless)}: no name in llama.cpp that was verified")
     if trained.scale == 0:
         problems.append("its scale is 0, which a GGUF adapter would read as 1")
     return problems
@@ -149,11 +146,6 @@ def unfit_for_gguf(trained: Trained, config: Mapping[str, Any]) -> list[str]:
 def embedded(trained: Trained) -> list[str]:
     """Modules that are embeddings by their name, as far as that can be known without the model."""
     return [n for n in trained.modules if re.search(r"embed|\bwte\b", n.rpartition(".")[2])]
-
-
-def named(modules: list[str]) -> str:
-    more = len(modules) - FEW
-    return ", ".join(modules[:FEW]) + (f" and {more} more" if more > 0 else "")
 
 
 FORMATS = {

@@ -15,13 +15,12 @@ from mlx_lora import bases
 from mlx_lora.adapter import files
 from mlx_lora.adapter.tensors import labels
 from mlx_lora.check.gate import Report, check
-from mlx_lora.errors import AdapterError, ConfigError
+from mlx_lora.errors import AdapterError, ConfigError, few
 from mlx_lora.models import Loaded
 from mlx_lora.runlog import RunLog, atomically, refuse_occupied
 from mlx_lora.ship import proof
 from mlx_lora.ship.algebra import Thin, decomposed, overlap, product, rebuilt
 from mlx_lora.ship.export import whole
-from mlx_lora.ship.formats import named
 from mlx_lora.ship.methods import Way, methods
 from mlx_lora.ship.plots import overlap_plot
 from mlx_lora.ship.trained import (
@@ -167,7 +166,7 @@ def refuse_strangers(trained: Sequence[Trained]) -> list[str]:
         if t.experts:
             problems.append(f"{t.folder} adapts stacked experts, whose factors are not merged yet")
         if t.broken:
-            problems.append(f"{t.folder}: NaN or infinity in {named(t.broken)}")
+            problems.append(f"{t.folder}: NaN or infinity in {few(t.broken)}")
     first, *others = trained
     for other in others:
         problems += apart(first, other)
