@@ -4,15 +4,17 @@ Each has its gradient beside it. Temporaries are few and written in place: on a 
 as much time on them as on its products.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate, pairwise
 
 import numpy as np
 
 # Adds to the first array what goes with the second, a product's input; and which rows these are.
 Beside = Callable[[np.ndarray, np.ndarray, slice], None]
 
+FAR = np.float32(np.inf)
 CACHED = 1 << 15  # numbers of several arrays that a core's cache holds at once
 
 
@@ -157,35 +159,26 @@ def lora_back(
 
 @dataclass(frozen=True)
 class Hinges:
-    """A spline's curve as `spline_math.hinges` says it, or one for each of O columns."""
+    """A spline's curve as `spline_math.hinges` says it."""
 
-    weights: np.ndarray  # [P] or [P, O]
-    edges: np.ndarray  # [P-1] or [P-1, O]
+    weights: np.ndarray  # [P]
+    edges: np.ndarray  # [P-1]
     middle: int  # so many hinges open to the left, the others to the right
-
-    @property
-    def slope(self) -> np.ndarray:
-        """Of the piece in the middle."""
-        return 1 + self.weights[0]
 
     def summed(self, z: np.ndarray) -> np.ndarray:
         """φ(z), and a constant."""
-        y = z * self.slope
-        self.bend(y, z)
-        return y
-
-    def bend(self, y: np.ndarray, z: np.ndarray) -> None:
-        """Add to y what bends: φ(z) - slope · z, and a constant."""
-        part = np.empty_like(z)
-        for i, weight in enumerate(self.weights[1:]):
-            (np.minimum if i < self.middle else np.maximum)(z, self.edges[i], out=part)
+        y, part = z * (1 + self.weights[0]), np.empty_like(z)
+        for i, (weight, edge) in enumerate(zip(self.weights[1:], self.edges, strict=True)):
+            ends = (-FAR, edge) if i < self.middle else (edge, FAR)
+            np.clip(z, *ends, out=part)  # of one number, three times as quick as a maximum
             part *= weight
             y += part
+        return y
 
     @cached_property
     def at_zero(self) -> np.ndarray:
         """That constant, to the bit: every number comes here by the same operations."""
-        return self.summed(np.zeros((1, *self.weights.shape[1:]), np.float32))
+        return self.summed(np.zeros(1, np.float32))
 
 
 def curved(z_NO: np.ndarray, hinges: Hinges) -> np.ndarray:
@@ -197,11 +190,47 @@ def curved(z_NO: np.ndarray, hinges: Hinges) -> np.ndarray:
     return z_NO
 
 
-def bent_into(y_NO: np.ndarray, z_NO: np.ndarray, hinges: Hinges) -> None:
-    """Add φ(z) - slope · z to y: the rest of a product that has the slope in its matrix."""
-    for y, z in zip(cut(y_NO), cut(z_NO), strict=True):
-        hinges.bend(y, z)
-        y -= hinges.at_zero
+@dataclass(frozen=True)
+class Kinks:
+    """A spline's curve as φ(z) = slope · z + Σ wᵢ (|z - eᵢ| - |eᵢ|), for where no gradient flows.
+
+    The slope is the mean of both ends, w half of the turn at each edge. There may be one of each
+    for every layer of a product: then slope is [O], and the others [P, O].
+    """
+
+    slope: np.ndarray
+    weights: np.ndarray  # [P]
+    edges: np.ndarray  # [P]
+
+    def bend(self, y_NO: np.ndarray, z_NO: np.ndarray) -> None:
+        """Add φ(z) - slope · z to y: the rest of a product that has the slope in its matrix."""
+        for y, z in zip(cut(y_NO), cut(z_NO), strict=True):
+            y += self.bent(z)
+
+    def bent(self, z: np.ndarray) -> np.ndarray:
+        first, *others = map(partial(kink, z), self.weights, self.edges)
+        for other in others:
+            first += other
+        first -= self.at_zero
+        return first
+
+    def bend_few(self, y_NO: np.ndarray, z_NO: np.ndarray) -> None:
+        """The same for few rows, all edges at once: fewer operations, which then are what costs."""
+        bent_NO = kink(z_NO[:, None], self.weights, self.edges).sum(axis=1)
+        bent_NO -= self.at_zero
+        y_NO += bent_NO
+
+    @cached_property
+    def at_zero(self) -> np.ndarray:
+        return np.add.accumulate(self.weights * np.abs(self.edges))[-1]
+
+
+def kink(z: np.ndarray, weight: np.ndarray, edge: np.ndarray) -> np.ndarray:
+    """w |z - e|"""
+    y = z - edge
+    np.abs(y, out=y)
+    y *= weight
+    return y
 
 
 def curved_back(
@@ -224,7 +253,16 @@ def curved_back(
 def hinge(z: np.ndarray, edge: np.float32, left: bool) -> np.ndarray:
     """How far z is beyond the edge, 0 on this side of it."""
     y = z - edge
-    return np.minimum(y, 0, out=y) if left else np.maximum(y, 0, out=y)
+    return np.clip(y, *((-FAR, 0) if left else (0, FAR)), out=y)
+
+
+def neighbours(sizes: Iterable[int]) -> list[slice]:
+    """Where parts of these sizes lie, one after the other.
+
+    >>> neighbours([2, 3])
+    [slice(0, 2, None), slice(2, 5, None)]
+    """
+    return [slice(*ends) for ends in pairwise(accumulate(sizes, initial=0))]
 
 
 def cut(x_NO: np.ndarray) -> list[np.ndarray]:

@@ -14,9 +14,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.adapter.spline import SplineLoRALinear, spline_layers
-from mlx_lora.adapter.spline_math import Curve, hinges, knots, middle, single
+from mlx_lora.adapter.spline_math import Curve, hinges, knots, middle, single, slopes
 from mlx_lora.cpu_layers import FAST_LINEARS, dense, drops, view
-from mlx_lora.cpu_math import Beside, Hinges, bent_into
+from mlx_lora.cpu_math import Beside, Hinges, Kinks, neighbours
+
+FEW = 1 << 13  # outputs of layers with one input that are bent quicker together than one by one
 
 
 class Bends(NamedTuple):
@@ -50,43 +52,69 @@ def edges_of(layer: Any) -> np.ndarray:
     return (knots(layer.curve)[1:-1] / view(layer.spline_scale)).astype(np.float32)
 
 
+class Own(NamedTuple):
+    """What a layer adds to its straightened product, in units of the update, scale · z."""
+
+    a_IR: np.ndarray
+    b_RO: np.ndarray  # times the scale
+    kinks: Kinks
+
+
+def own_of(layer: Any) -> Own:
+    scale, slopes_P = np.float32(layer.scale), 1 + slopes(layer.curve) @ view(layer.spline)
+    found = (slopes_P[0] + slopes_P[-1]) / 2, np.diff(slopes_P) / 2, scale * edges_of(layer)
+    kinks = Kinks(*(np.asarray(x, np.float32) for x in found))
+    return Own(view(layer.lora_a), scale * view(layer.lora_b), kinks)
+
+
+def straightened(layer: Any, own: Own) -> mx.array:
+    """The layer as one matrix [O, I] that has its curve as a line, of the `Kinks`' slope."""
+    update_IO = (layer.scale * float(own.kinks.slope)) * (layer.lora_a @ layer.lora_b)
+    return mx.contiguous(dense(layer.linear) + update_IO.T)
+
+
 def beside(*layers: Any, shift: Beside | None = None) -> Beside:
     """What spline layers of one input add to their products with `straightened` matrices.
 
-    `shift` is added inside of φ, times the scale. The layers are one product: what is outside of
-    their own blocks of B is zero. Everything is in units of the update, scale · z.
+    `shift` is added inside of φ, times the scale.
     """
-    scales = [np.float32(float(m.scale)) for m in layers]
-    ranks, widths = ([m[f].shape[1] for m in layers] for f in ("lora_a", "lora_b"))
-    a_IQ = np.hstack([view(m.lora_a) for m in layers])
-    b_QO, r, o = np.zeros((sum(ranks), sum(widths)), np.float32), 0, 0
-    for layer, scale, rank, width in zip(layers, scales, ranks, widths, strict=True):
-        b_QO[r : r + rank, o : o + width] = scale * view(layer.lora_b)
-        r, o = r + rank, o + width
-    curve = layers[0].curve  # which all of an adapter share
-    weights_PL = hinges(curve).astype(np.float32) @ np.stack([view(m.spline) for m in layers], 1)
-    edges_PL = np.stack([s * edges_of(m) for m, s in zip(layers, scales, strict=True)], axis=1)
-    weights_PO, edges_PO = (np.repeat(x, widths, axis=1) for x in (weights_PL, edges_PL))
-    bent, bends = Hinges(weights_PO, edges_PO, middle(curve)), bool(weights_PL[1:].any())
+    owns: list[Own] = [m.__dict__["_own"] for m in layers]
+    a_IQ = owns[0].a_IR if len(owns) == 1 else np.hstack([o.a_IR for o in owns])
+    ranks, columns = (neighbours(o.b_RO.shape[axis] for o in owns) for axis in (0, 1))
+    places = list(zip(ranks, columns, owns, strict=True))
+    bends, few = any(o.kinks.weights.any() for o in owns), FEW if len(owns) > 1 else FEW // 8
+
+    @cache
+    def together() -> tuple[np.ndarray, Kinks]:
+        """One product: what is outside of their own blocks of B is zero."""
+        b_QO = np.zeros((ranks[-1].stop, columns[-1].stop), np.float32)
+        for some, where, own in places:
+            b_QO[some, where] = own.b_RO
+        parts = [[o.kinks.slope, *o.kinks.weights, *o.kinks.edges] for o in owns]
+        widths = [o.b_RO.shape[1] for o in owns]
+        slope_O, *others = np.repeat(np.array(parts, np.float32).T, widths, axis=1)
+        return b_QO, Kinks(slope_O, *np.split(np.array(others), 2))
 
     def added(y_NO: np.ndarray, x_NI: np.ndarray, rows: slice) -> None:
-        z_NO = (x_NI @ a_IQ) @ b_QO if bends else None
+        shift_NO = None
         if shift:
             shift_NO = np.zeros_like(y_NO)
             shift(shift_NO, x_NI, rows)
-            z_NO = None if z_NO is None else z_NO + shift_NO
-            y_NO += np.multiply(shift_NO, bent.slope, out=shift_NO)
-        if z_NO is not None:
-            bent_into(y_NO, z_NO, bent)
+            for _, where, own in places:
+                y_NO[:, where] += shift_NO[:, where] * own.kinks.slope
+        if not bends:
+            return
+        z_NQ = x_NI @ a_IQ
+        if y_NO.size <= few and shift_NO is None:
+            b_QO, kinks = together()
+            return kinks.bend_few(y_NO, z_NQ @ b_QO)
+        for some, where, own in places:
+            z_NO = z_NQ[:, some] @ own.b_RO
+            if shift_NO is not None:
+                z_NO += shift_NO[:, where]
+            own.kinks.bend(y_NO[:, where], z_NO)
 
     return added
-
-
-def straightened(layer: Any) -> mx.array:
-    """The layer as one matrix [O, I] that has its curve as a line, of the slope around 0."""
-    slope = 1 + hinges(layer.curve)[0] @ view(layer.spline)
-    update_IO = (layer.scale * float(slope)) * (layer.lora_a @ layer.lora_b)
-    return mx.contiguous(dense(layer.linear) + update_IO.T)
 
 
 class DecodingSpline(SplineLoRALinear):
@@ -112,20 +140,21 @@ def standing_beside(model: nn.Module) -> Iterator[None]:
     kinds = [type(m) for m in layers]
     try:
         for layer in layers:
-            layer.__dict__["_merged"] = straightened(layer)
+            layer.__dict__["_own"] = own = own_of(layer)
+            layer.__dict__["_merged"] = straightened(layer, own)
             if type(layer) is SplineLoRALinear:
                 layer.__class__ = DecodingSpline
         mx.eval([layer.__dict__["_merged"] for layer in layers])
         yield
     finally:
         for layer, kind in zip(layers, kinds, strict=True):
-            for kept in ("_merged", "_beside"):
+            for kept in ("_merged", "_own", "_beside"):
                 layer.__dict__.pop(kept, None)
             layer.__class__ = kind
 
 
 def fits(layer: Any) -> bool:
-    inner, on = layer.linear, float(np.array(layer.scale)) != 0
+    inner, on = layer.linear, float(np.array(layer.scale)) > 0
     plain = isinstance(inner, FAST_LINEARS) and dense(inner).dtype == mx.float32
     known = layer.lora_a.dtype == layer.lora_b.dtype == mx.float32 and suits(layer)
     return on and plain and known and not drops(layer)

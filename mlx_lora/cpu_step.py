@@ -6,7 +6,6 @@ q, k and v are one product, gate and up another, and the cache is written in pla
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +16,7 @@ from mlx_lm.models.cache import BatchKVCache
 from mlx_lora.cpu_attention import as_added
 from mlx_lora.cpu_block import Norm, Parts, Product
 from mlx_lora.cpu_layers import SILENT, rows, view
-from mlx_lora.cpu_math import Angles, Beside, angles_of, normed, silu, turned
+from mlx_lora.cpu_math import Angles, Beside, angles_of, neighbours, normed, silu, turned
 from mlx_lora.cpu_threads import slices, spread
 
 # Rows that are worth a thread: fewer cost more in waiting for the interpreter than they gain, and
@@ -89,8 +88,8 @@ def beside_of(products: Sequence[Product]) -> Beside | None:
         return None
     if all(layer is not None for layer in layers):
         return layers[0].beside(*layers)
-    edges = pairwise(accumulate((len(p.weight_OI) for p in products), initial=0))
-    some = [(slice(*at), m.beside(m)) for at, m in zip(edges, layers, strict=True) if m is not None]
+    places = neighbours(len(p.weight_OI) for p in products)
+    some = [(at, m.beside(m)) for at, m in zip(places, layers, strict=True) if m is not None]
 
     def one_by_one(y_BO: np.ndarray, x_BI: np.ndarray, rows: slice) -> None:
         for where, beside in some:

@@ -3,8 +3,9 @@
 V0 is the layer as first written down, each of V1 to V7 mends one thing more, and the last two are
 what the package attaches. Plain LoRA and those that are judged against it (V7 and later) get the
 best learning rate of one grid, tried on a seed of its own; V0 to V6 have a tenth of LoRA's, which
-is what V7 mends. Every run is kept in figures/spline_ablation_runs.jsonl as soon as it ends, and
-one that is there is not repeated: the script can be stopped and started again.
+is what V7 mends, and V0 and V3 are tried at all of it too. Every run is kept in
+figures/spline_ablation_runs.jsonl as soon as it ends, and one that is there is not repeated: the
+script can be stopped and started again.
 
     OPENBLAS_NUM_THREADS=1 python scripts/ablate_spline.py                # all of it, hours
     python scripts/ablate_spline.py --method sft --only lora,calibrated   # a share of it
@@ -17,7 +18,7 @@ Writes spline_ablation.json and .png, and the table in docs/spline.md.
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from mlx_lora.types import CORRECT
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/spline.md"
 METHODS = ("grpo", "sft")
-RATES = {"grpo": (5e-4, 1e-3, 2e-3), "sft": (5e-4, 1e-3, 2e-3, 4e-3)}
+RATES = {"grpo": (2.5e-4, 5e-4, 1e-3, 2e-3), "sft": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)}
 TUNING, SEEDS = 0, (1, 2, 3, 4, 5)  # the seed that chooses the rate is not among the judged
 SLOWER = 0.1  # times LoRA's rate, before V7
 HELD_OUT, TEXTS = 512, 1024  # problems; gold completions of SFT, of which an eighth validates
@@ -61,7 +62,7 @@ class Variant:
     output: float = 1.0
     anchored: bool = True  # φ(0) = 0
     share: float = 0.0  # of `calibrate`
-    tuned: bool = True
+    of_lora: float | None = None  # times LoRA's learning rate; None: tuned by itself
 
     @property
     def ours(self) -> bool:
@@ -73,7 +74,7 @@ FIRST = Curve(5, -1.0, 1.0, "soft", "clamp", 0.1)
 GRID = Curve(5, -3.0, 3.0, "soft", "clamp", 0.1)
 PIECES = Curve(5, -3.0, 3.0, "piecewise", "clamp", 0.1)
 LIGHT = Curve(5, -3.0, 3.0, "piecewise", "clamp", 0.01)
-BAD: dict[str, Any] = {"anchored": False, "tuned": False}
+BAD: dict[str, Any] = {"anchored": False, "of_lora": SLOWER}
 VARIANTS = {
     "lora": Variant("plain LoRA"),
     "V0": Variant("as first written", FIRST, noise=0.1, tanh=True, output=0.1, **BAD),
@@ -86,6 +87,10 @@ VARIANTS = {
     "V7": Variant("+ standard learning rate", LIGHT, anchored=False),
     "anchored": Variant("+ φ(0) = 0, extrapolating", Curve()),
     "calibrated": Variant("+ grid that keeps up: the default", Curve(), share=0.1),
+}
+VARIANTS |= {
+    f"{name}+rate": replace(VARIANTS[name], about=f"{name} at LoRA's rate", of_lora=1.0)
+    for name in ("V0", "V3")
 }
 
 
@@ -127,7 +132,7 @@ def main() -> None:
     for method in () if given.report else methods:
         wanted = ["lora", *names[part::parts]]  # whose rate the others need
         for rate in RATES[method]:
-            for name in (n for n in wanted if VARIANTS[n].tuned):
+            for name in (n for n in wanted if VARIANTS[n].of_lora is None):
                 runs.ensure(method, name, rate, TUNING)
         for seed in SEEDS:
             for name in wanted:
@@ -150,16 +155,17 @@ class Runs:
         return [r for r in self.all() if (r["method"], r["variant"]) == (method, name)]
 
     def rate(self, method: str, name: str) -> float:
-        """The best of the grid on the seed for that; a tenth of LoRA's where it is not tuned."""
-        if not VARIANTS[name].tuned:
-            return SLOWER * self.rate(method, "lora")
+        """The best of the grid on the seed for that; a share of LoRA's where it is not tuned."""
+        share = VARIANTS[name].of_lora
+        if share is not None:
+            return share * self.rate(method, "lora")
         tried = [r for r in self.of(method, name) if r["seed"] == TUNING]
         return max(tried, key=lambda r: r["accuracy"])["rate"]
 
     def judged(self, method: str, name: str) -> dict[int, float]:
         """Accuracy by seed at the chosen rate; nothing where there is none yet."""
         for needed in {name, "lora"}:
-            if VARIANTS[needed].tuned and not any(
+            if VARIANTS[needed].of_lora is None and not any(
                 r["seed"] == TUNING for r in self.of(method, needed)
             ):
                 return {}

@@ -8,9 +8,10 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import load_adapters
 
-from mlx_lora import cpu, cpu_math
+from mlx_lora import cpu, cpu_math, cpu_spline
 from mlx_lora.adapter import files, spline
 from mlx_lora.adapter.attach import attach, lora_layers, switched_off
 from mlx_lora.adapter.listen import its_input, listening
@@ -25,6 +26,7 @@ from mlx_lora.adapter.spline_math import (
     middle,
     pulling,
     single,
+    slopes,
 )
 from mlx_lora.adapter.tensors import read
 from mlx_lora.check.metrics import is_finite
@@ -152,7 +154,18 @@ def test_pieces_are_those_of_a_slow_reference(curve, scale):
     quick = cpu_math.curved(z[None].copy(), pieces)[0]
     assert np.allclose(quick, wanted, rtol=1e-5, atol=2e-5)  # hinges cancel far outside
     nothing = np.zeros((1, 3), np.float32)
-    assert not cpu_math.curved(nothing, pieces).any()
+    assert not cpu_math.curved(nothing.copy(), pieces).any()
+    if curve.num_knots > 2:
+        slopes_P = 1 + slopes(curve) @ d_K
+        found = (slopes_P[0] + slopes_P[-1]) / 2, np.diff(slopes_P) / 2, edges
+        kinks = cpu_math.Kinks(*(np.asarray(x, np.float32) for x in found))
+        each = cpu_math.Kinks(*(x[..., None].repeat(z.size, -1) for x in vars(kinks).values()))
+        for bend in (kinks.bend, each.bend_few):
+            y, still = kinks.slope * z[None], nothing[:, :1].repeat(z.size, 1)
+            bend(y, z[None])
+            assert np.allclose(y, wanted, rtol=1e-5, atol=2e-5)
+            bend(still, np.zeros_like(still))
+            assert not still.any()
     assert not mx.any(bent(mx.zeros(3), *arrays[1:], curve)).item()
 
 
@@ -241,14 +254,19 @@ def test_the_regulariser_is_zero_for_the_identity_and_grows_with_turns():
         assert abs(slope - (pulling(curve) @ d_K)[i]) < 1e-6
 
 
+@pytest.mark.parametrize("few", [0, cpu_spline.FEW])
 @pytest.mark.parametrize("bits", [None, 4])
-def test_decoding_beside_the_merged_products_is_the_forward(bits):
+def test_decoding_beside_the_merged_products_is_the_forward(bits, few, monkeypatch):
+    monkeypatch.setattr(cpu_spline, "FEW", few)
     model, _ = attached(Curve(), bits=bits)
     wanted = model(X)
     with cpu.decoding(model):
         names = {type(m).__name__ for m in spline_layers(model).values()}
-        found = model(X)
+        found, kept = model(X), make_prompt_cache(model)
+        model(X[:, :-1], cache=kept)
+        one_more = model(X[:, -1:], cache=kept)
     assert mx.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    assert mx.allclose(one_more, wanted[:, -1:], rtol=1e-4, atol=1e-4)
     assert names == ({"DecodingSpline"} if cpu.fast() else {"SplineLoRALinear"})
     assert {type(m).__name__ for m in spline_layers(model).values()} == {"SplineLoRALinear"}
 
