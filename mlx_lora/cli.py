@@ -175,26 +175,24 @@ def run_experiment(
         voice = console(quiet=not leads())
         summary = experiments.run(experiment, run_dir, voice, clock=clock, resume=resume)
     except experiments.CheckFailed as failed:
-        if as_json:
+        if as_json and leads():
             print_json(
                 {"error": {"type": "CheckFailed", "message": str(failed), "hint": ""}}
                 | {"check": failed.report.to_json()}
             )
-        else:
+        elif leads():
             print_report(failed.report)
         raise typer.Exit(1) from None
     except (Diverged, Unhealthy) as stopped:
-        if as_json:
+        if as_json and leads():
             print_json(
                 {"error": {"type": type(stopped).__name__, "message": str(stopped), "hint": ""}}
             )
         typer.echo(f"Stopped: {stopped}", err=True)
         raise typer.Exit(1) from None
-    if not leads():
-        return
-    if as_json:
+    if as_json and leads():
         print_json(summary)
-    else:
+    elif leads():
         from mlx_lora.show import print_summary
 
         print_summary(summary)

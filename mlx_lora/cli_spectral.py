@@ -179,6 +179,8 @@ def report(
             typer.echo(f"{run}: {found.folder.kind}.")
         for answer in found.answers.values():
             typer.echo(f"{answer.sentence}.")
+        for problem in page.problems(found.folder):
+            typer.echo(f"Broken: {problem}.", err=True)
         typer.echo(f"Wrote {path}.")
     if open_:
         typer.launch(str(path))

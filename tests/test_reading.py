@@ -18,6 +18,7 @@ from mlx_lora.check.gates import gates
 from mlx_lora.check.probes import Probes
 from mlx_lora.check.reading import COLUMNS, blocks_of, by_text, fingerprint, intervals, read_both
 from mlx_lora.check.run import parse_limits, request
+from mlx_lora.check.show import print_report
 from mlx_lora.check.sides import CHUNK, Side, refuse_other_tokens
 from mlx_lora.check.writing import write_both
 from mlx_lora.errors import ConfigError
@@ -257,6 +258,14 @@ class TestOptions:
                 gate.check(models.load("demo"), limits=wrong)
         with pytest.raises(ConfigError, match=r"gate\.threshold"):
             parse_limits(["fail=1"])
+
+
+def test_the_sides_of_two_models_have_their_names(capsys):
+    both = (models.load("demo", quantize={"bits": 4, "group_size": 64}), models.load("demo"))
+    report = gate.compare(*both, samples=1)
+    print_report(report)
+    assert report.sides == ("demo (the base here)", "demo")
+    assert "demo (the base here)" in capsys.readouterr().out
 
 
 def test_against_the_real_command_line(run_cli, tmp_path):

@@ -161,6 +161,15 @@ def test_torn_and_foreign_files_are_named(run, tmp_path):
     assert found.answers["rank"].verdict == "unknown"
 
 
+def test_an_adapter_that_is_cut_off_is_named(tmp_path):
+    whole, cut = adapter(tmp_path / "whole"), adapter(tmp_path / "cut")
+    file = cut / "adapters.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert not page.problems(page.of(whole).folder)
+    (problem,) = page.problems(page.of(cut).folder)
+    assert problem.startswith("adapters.safetensors cannot be read") and "1 bytes after" in problem
+
+
 def test_an_adapter_is_measured_where_it_has_no_spectrum(tmp_path):
     found = page.of(adapter(tmp_path / "a"))
     assert found.folder.kind == "adapter" and {"ranks", "config"} <= set(found.parts)

@@ -7,7 +7,7 @@ alpha / sqrt(r) with rsLoRA, and may differ by module. The scales fold into lora
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_lora.adapter.patterns import fits
 from mlx_lora.adapter.tensors import padded
-from mlx_lora.errors import AdapterError
+from mlx_lora.errors import AdapterError, few
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -106,14 +106,14 @@ def factors_of(
     found = {name: split(name) for name in stored if not name.endswith(FROZEN)}
     unknown = [name for name, (_, factor) in found.items() if not factor]
     if unknown:
-        problems.append(f"{len(unknown)} tensors are no LoRA factors, like {listed(unknown)}")
+        problems.append(f"{len(unknown)} tensors are no LoRA factors, like {few(unknown)}")
     tensors = {".".join(found[name]): stored[name] for name in found if found[name][1]}
     modules = sorted({module for module, factor in found.values() if factor})
     if not modules and not unknown:
         problems.append("there are no LoRA tensors")
     halves = [m for m in modules if not {f"{m}.lora_a", f"{m}.lora_b"} <= tensors.keys()]
     if halves:
-        problems.append(f"half a pair at {listed(halves)}")
+        problems.append(f"half a pair at {few(halves)}")
     for module in modules:
         if module not in halves:
             shapes = (tuple(tensors[f"{module}.{factor}"].shape) for factor in ("lora_a", "lora_b"))
@@ -171,10 +171,6 @@ def misshapen(module: str, a_RI: tuple[int, ...], b_OR: tuple[int, ...]) -> list
     if 0 in (*a_RI, *b_OR):
         return [f"{shapes} hold no numbers"]
     return [] if a_RI[0] == b_OR[1] else [f"{shapes} have different ranks"]
-
-
-def listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
 def split(name: str) -> tuple[str, str]:

@@ -40,6 +40,7 @@ class Report:
     certificate: Mapping[str, Any] | None = None  # what --certify or --verify came to
     reading: Reading | None = None  # every token, for the picture
     layers: Sequence[Mapping[str, Any]] = ()  # how far each block's output moved
+    sides: tuple[str, str] = "base", "with adapter"  # what a person calls them
 
     @property
     def exit_code(self) -> int:
@@ -128,8 +129,9 @@ def compare(
     check_limits(limits)
     base, adapted = Side(against), Side(loaded)
     refuse_other_tokens(base, adapted)
-    probes = read(against, prompts, samples=samples)
-    return judged(base, adapted, probes, None, expect or "same", None, begin, seed, limits=limits)
+    probes, expect = read(against, prompts, samples=samples), expect or "same"
+    report = judged(base, adapted, probes, None, expect, None, begin, seed, limits=limits)
+    return replace(report, sides=(f"{against.name} (the base here)", loaded.name))
 
 
 def fingerprint(loaded: Loaded, probes: Probes) -> list[str]:

@@ -63,8 +63,8 @@ def measured_table(measured: Mapping[str, float]) -> Table:
 def sample_table(report: Report) -> Table:
     """The model's text is untrusted: shown as plain text, markup and control characters inert."""
     table = Table(box=box.SIMPLE_HEAD, title="samples, same random numbers", title_justify="left")
-    for heading in ("prompt", "base", "with adapter"):
-        table.add_column(heading, ratio=1, overflow="fold")
+    for heading in ("prompt", *report.sides):
+        table.add_column(plain(heading), ratio=1, overflow="fold")
     for pair in report.measured.samples[:SHOWN]:
         table.add_row(*(plain(x) for x in (readable(pair.prompt), pair.base, pair.adapted)))
     return table

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora import yamlfile
+from mlx_lora.adapter.mapped import mapped
 from mlx_lora.errors import RunError, UserError
 from mlx_lora.spectral.names import natural
 
@@ -46,6 +47,7 @@ WEIGHTS = {  # a file -> the format of the adapter that it holds
     "adapter_model.safetensors": "PEFT",
     "adapter.gguf": "GGUF",
 }
+SAFETENSORS = tuple(name for name in WEIGHTS if name.endswith(".safetensors"))
 LOGS = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl", "evals.jsonl", "spectra.jsonl")
 AFTER_STAGE = "eval_after_"  # and the stage's name
 CONFIG = "config.yaml"
@@ -131,6 +133,7 @@ def contents(path: Path) -> Folder:
             config = mapping(yamlfile.parse(texts[CONFIG], CONFIG).value)
         except UserError as error:
             problems.append(f"{CONFIG} does not read: {error}")
+    problems += broken_weights(path)
     return Folder(
         path,
         documents,
@@ -140,6 +143,18 @@ def contents(path: Path) -> Folder:
         problems,
         [contents(stage) for stage in stage_folders(path)],
     )
+
+
+def broken_weights(path: Path) -> list[str]:
+    """Adapters of the folder, or of the run, that are no whole files. Only headers are read."""
+    found: list[str] = []
+    for name in (*SAFETENSORS, *(f"adapters/{n}" for n in SAFETENSORS)):
+        try:
+            if (path / name).is_file():
+                mapped(path / name)
+        except UserError as error:
+            found.append(str(error).replace(f"{path / name}", name))
+    return found
 
 
 def stage_folders(run: Path) -> list[Path]:
