@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from mlx_lora.errors import RunError, UserError
 
@@ -110,11 +110,11 @@ def summed(tree: Any) -> Any:
     joined = mx.concatenate([x.reshape(-1).astype(mx.float32) for _, x in flat])
     total = mx.distributed.all_sum(joined, group=group())
     mx.eval(total)
-    parts, start = [], 0
+    parts, start = {}, 0
     for name, x in flat:
-        parts.append((name, total[start : start + x.size].reshape(x.shape).astype(x.dtype)))
+        parts[name] = total[start : start + x.size].reshape(x.shape).astype(x.dtype)
         start += x.size
-    return tree_unflatten(parts)
+    return tree_map_with_path(lambda name, _: parts[name], tree)
 
 
 def from_first(tree: Any) -> Any:

@@ -186,13 +186,15 @@ def identity(sample: Sample) -> str:
 
 
 def refuse_alone(experiment: Experiment) -> None:
-    """Methods that only one machine can run."""
-    others = sorted({e.method for e in experiment.loops if not e.is_rl})
-    if distributed.size() > 1 and (others or experiment.stages):
-        what = "an experiment with stages" if experiment.stages else f"method {', '.join(others)}"
+    """What only one machine can run."""
+    alone = {
+        "an experiment with stages": bool(experiment.stages),
+        "rejection_sampling": any(e.rejection_sampling for e in experiment.loops),
+    }
+    if distributed.size() > 1 and (what := [name for name, here in alone.items() if here]):
         raise ConfigError(
-            f"{what} runs on one machine, {distributed.size()} were started",
-            "Start it without mlx.launch. A single loop of grpo or es runs on several.",
+            f"{' and '.join(what)} runs on one machine, {distributed.size()} were started",
+            "Start it without mlx.launch. A single loop of sft, grpo or es runs on several.",
         )
 
 

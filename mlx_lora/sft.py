@@ -1,7 +1,7 @@
 """Supervised fine-tuning: cross-entropy on texts. Also the warm start of RL. No trainer class.
 
 Loss, order of the rows and meaning of the keys are mlx-lm's unless the `sft` block asks for more:
-docs/sft.md. Left out on purpose: training without an adapter, several machines.
+docs/sft.md. Left out on purpose: training without an adapter.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from mlx_lora import cpu
+from mlx_lora import cpu, distributed
 from mlx_lora.adapter.attach import blocks, lora_layers
 from mlx_lora.adapter.schedules import (
     scale_as_array,
@@ -69,14 +69,19 @@ def train(
     """
     model, e = loaded.model, experiment
     valid = valid if e.val_batches else ()
+    begin(model, optimizer, e)
+    rows = itertools.islice(batches(texts, e, len(valid)), start, None)
+    return steps(model, rows, e, optimizer, clock, report, valid, start, history, report_norms)
+
+
+def begin(model: nn.Module, optimizer: optim.Optimizer, e: Stage) -> None:
+    """Make room in the optimizer's state for all that it will hold; what is there stays."""
     optimizer.init(model.trainable_parameters())
     if e.grad_accumulation_steps > 1:
         known = dict(tree_flatten(optimizer.state.get(SUM, {})))  # of a resumed run
         optimizer.state[SUM] = tree_map_with_path(
             lambda name, x: known.get(name, mx.zeros_like(x)), model.trainable_parameters()
         )
-    rows = itertools.islice(batches(texts, e, len(valid)), start, None)
-    return steps(model, rows, e, optimizer, clock, report, valid, start, history, report_norms)
 
 
 def steps(
@@ -110,15 +115,13 @@ def steps(
             looks = moves and (step + 1) // parts % e.monitor.every == 0
             with clock.measure("learn", kind="step"), in_training(model):
                 read = next(rows)
-                batch = as_arrays(read, e)
-                mx.random.seed(dropout_seed(e.seed, step))
-                loss, grads = learn(*batch)
-                evaluate(grads)
+                mx.random.seed(dropout_seed(e.seed, step, distributed.rank()))
+                loss, tokens, grads = shared(model, learn, read, e)
                 norm, grads = move(grads, moves)
                 mx.eval(model.trainable_parameters(), optimizer.state, norm, grads)
                 moved = grads if looks else {}
                 del grads
-            metrics |= {"loss": float(loss), "tokens_trained": int(float(batch[3].sum()))}
+            metrics |= {"loss": loss, "tokens_trained": tokens}
             metrics |= {"learning_rate": float(optimizer.learning_rate), "scale": scale_of(model)}
             if moves:
                 taken = float(np.isfinite(float(norm)))
@@ -136,6 +139,26 @@ def steps(
             patience.saw(step, metrics)
             before, metrics = metrics, {}
             yield step
+
+
+def shared(
+    model: nn.Module, learn: Callable[..., tuple[mx.array, Any]], rows: Sequence[Row], e: Stage
+) -> tuple[float, int, Any]:
+    """Loss, tokens and gradients of a batch: of this machine's rows, and of the others'."""
+    own = distributed.mine(rows)
+    loss, tokens, grads = mx.array(0.0), 0.0, tree_map(mx.zeros_like, model.trainable_parameters())
+    if own:
+        batch = as_arrays(own, e)
+        loss, grads = learn(*batch)
+        evaluate(grads)
+        tokens = float(batch[3].sum())
+    if distributed.size() > 1:
+        counts = distributed.everybody(tokens)
+        share = tokens / max(sum(counts), 1.0)
+        said = {"loss": loss[None], "grads": grads}
+        said = distributed.summed(tree_map(lambda x: share * x, said))
+        loss, grads, tokens = said["loss"], said["grads"], sum(counts)
+    return loss.item(), int(tokens), grads
 
 
 def as_arrays(rows: Sequence[Row], e: Stage) -> tuple[mx.array, ...]:
@@ -266,15 +289,16 @@ def in_chunks(model: nn.Module, head: Any, hidden_BSD: mx.array, targets_BS: mx.
 def mean_over(model: nn.Module, texts: Sequence[Text], e: Stage, batches: int) -> tuple[float, int]:
     """Mean cross-entropy per token of the first so many batches in nats, and the tokens.
 
-    -1: of all texts.
+    -1: of all texts. Each of several machines reads its part.
     """
     count = len(texts) if batches == -1 else batches * e.batch_size
-    total = tokens = 0.0
-    for begin in range(0, min(count, len(texts)), e.batch_size):
+    found = [(0.0, 0.0)]
+    for begin in distributed.mine(range(0, min(count, len(texts)), e.batch_size)):
         batch = pack(texts[begin : min(begin + e.batch_size, count)], limit=e.padding_limit)
         counted = float(batch[3].sum())
-        total += float(mean_loss(model, *batch)) * counted
-        tokens += counted
+        found.append((float(mean_loss(model, *batch)) * counted, counted))
+    said = distributed.everybody([sum(column) for column in zip(*found, strict=True)])
+    total, tokens = (sum(column) for column in zip(*said, strict=True))
     return total / max(tokens, 1.0), int(tokens)
 
 
@@ -288,7 +312,8 @@ def in_training(model: nn.Module) -> Iterator[None]:
         model.eval()
 
 
-def dropout_seed(seed: int, step: int) -> int:
+def dropout_seed(seed: int, step: int, rank: int = 0) -> int:
     """What MLX's global stream, which dropout reads, is seeded with before a step."""
-    digest = hashlib.blake2s(f"sft/{seed}/{step}".encode(), digest_size=8).digest()
+    place = f"sft/{seed}/{step}" + f"/{rank}" * (rank > 0)
+    digest = hashlib.blake2s(place.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")

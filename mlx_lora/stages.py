@@ -177,7 +177,7 @@ def train(
         start = checkpoints.load(saved[-1], model, optimizer)
         memory = checkpoints.recall(saved[-1])
         recorder.remember()
-    start, memory = together(start, model, optimizer, recorder), distributed.agreed(memory)
+    start, memory = together(start, e, model, optimizer, recorder), distributed.agreed(memory)
     contest = Contest(
         e,
         exam(e, prepared, task, measure),
@@ -231,10 +231,14 @@ def tested(loaded: Loaded, texts: Sequence[Text], e: Stage) -> dict[str, Any]:
     return {"test_loss": loss, "test_perplexity": math.exp(min(loss, 700)), "test_tokens": tokens}
 
 
-def together(start: int, model: nn.Module, optimizer: optim.Optimizer, recorder: Recorder) -> int:
+def together(
+    start: int, e: Stage, model: nn.Module, optimizer: optim.Optimizer, recorder: Recorder
+) -> int:
     """Several machines at one point: what rank 0 resumed goes to all. Returns the steps done."""
     start = distributed.agreed(start)
     if start and distributed.size() > 1:
+        if e.method == "sft":
+            sft.begin(model, optimizer, e)
         optimizer.init(model.trainable_parameters())
         model.update(distributed.from_first(model.trainable_parameters()))
         optimizer.state = distributed.from_first(optimizer.state)

@@ -137,15 +137,7 @@ def test_two_processes_are_one(tmp_path, run_cli):
     first, second = together(tmp_path, *arguments)
     summary, alone = json.loads(first), json.loads(done.stdout)
     assert second == "" and summary["accuracy_after"] == alone["accuracy_after"]
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert [m.keys() for m in one] == [m.keys() for m in two]
-    for a, b in zip(one, two, strict=True):
-        assert a == pytest.approx(b, abs=1e-5, rel=1e-4)
-    pairs = [files.read(tmp_path / name / "adapters")[1] for name in ("one", "two")]
-    start = files.read(tmp_path / "one" / "adapters" / "initial")[1]
-    for name, value in pairs[0].items():
-        np.testing.assert_allclose(np.array(value), np.array(pairs[1][name]), atol=1e-5)
-    assert any(not mx.array_equal(start[k], pairs[0][k]) for k in start), "nothing was learnt"
+    agree(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -162,8 +154,73 @@ def test_a_stopped_run_goes_on_together(tmp_path, run_cli):
         assert a == pytest.approx(b, abs=1e-5, rel=1e-4)
 
 
-def test_methods_for_one_machine_are_refused_on_two(tmp_path):
+SFT = """
+model: demo
+method: sft
+data: rows.jsonl
+iters: 4
+batch_size: 3
+save_every: 3
+steps_per_eval: 2
+grad_accumulation_steps: 2
+learning_rate: 1e-4
+"""
+
+
+def texts(folder: Path) -> Path:
+    """Rows of many lengths, some to validate on, and how to learn them."""
+    (folder / "data").mkdir()
+    for name, count in (("train", 14), ("valid", 7)):
+        rows = [{"text": "What is 2 + 3 ? " + "No, it is 5. " * i} for i in range(1, count)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "data" / f"{name}.jsonl").write_text(lines)
+    path = folder / "sft.yaml"
+    path.write_text(SFT.replace("rows.jsonl", str(folder / "data")))
+    return path
+
+
+@pytest.mark.parametrize("packing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_sft_on_two_is_that_on_one(packing, tmp_path, run_cli):
+    """Batches of three, so that one rank has a row more, of other lengths."""
+    path = texts(tmp_path)
+    path.write_text(path.read_text() + ("sft: {packing: true}\n" if packing else ""))
+    done = run_cli("train", path, "--run-dir", tmp_path / "one", "--json")
+    assert done.returncode == 0, done.stderr
+    arguments = ("-m", "mlx_lora", "train", path, "--run-dir", tmp_path / "two", "--json")
+    first, second = together(tmp_path, *arguments)
+    ends = [json.loads(text)["valid_loss"] for text in (first, done.stdout)]
+    assert second == "" and ends[0] == pytest.approx(ends[1], abs=1e-5)
+    agree(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_sft_goes_on_together_between_two_updates(tmp_path, run_cli):
+    """The checkpoint after 3 steps holds the gradients of the third: rank 1 is told of them."""
+    path = texts(tmp_path)
+    for name in ("one", "two"):
+        assert run_cli("train", path, "--run-dir", tmp_path / name).returncode == 0
+    status = tmp_path / "two" / "status.json"
+    status.write_text(status.read_text().replace("finished", "running"))
+    arguments = ("-m", "mlx_lora", "train", path, "--run-dir", tmp_path / "two", "--resume")
+    together(tmp_path, *arguments)
+    agree(tmp_path / "one", tmp_path / "two")
+
+
+def agree(one: Path, two: Path) -> None:
+    """Both runs have said the same of each step, and ended at the same adapter."""
+    said = [metrics(folder) for folder in (one, two)]
+    assert [m.keys() for m in said[0]] == [m.keys() for m in said[1]]
+    for a, b in zip(*said, strict=True):
+        assert a == pytest.approx(b, abs=1e-5, rel=1e-4)
+    pairs = [files.read(folder / "adapters")[1] for folder in (one, two)]
+    start = files.read(one / "adapters" / "initial")[1]
+    for name, value in pairs[0].items():
+        np.testing.assert_allclose(np.array(value), np.array(pairs[1][name]), atol=1e-5)
+    assert any(not mx.array_equal(start[k], pairs[0][k]) for k in start), "nothing was learnt"
+
+
+def test_what_one_machine_runs_is_refused_on_two(tmp_path):
     path = tmp_path / "sft.yaml"
-    path.write_text("model: demo\nmethod: sft\ndata: none.jsonl\niters: 1\n")
+    path.write_text("stages: [{model: demo, method: sft, data: none.jsonl, iters: 1}]\n")
     with pytest.raises(AssertionError, match="runs on one machine"):
         together(tmp_path, "-m", "mlx_lora", "train", path, "--run-dir", tmp_path / "run")
