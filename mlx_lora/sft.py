@@ -155,10 +155,10 @@ def shared(
     if distributed.size() > 1:
         counts = distributed.everybody(tokens)
         share = tokens / max(sum(counts), 1.0)
-        said = {"loss": loss[None], "grads": grads}
-        said = distributed.summed(tree_map(lambda x: share * x, said))
+        said = tree_map(lambda x: share * x, {"loss": loss, "grads": grads})
+        said = distributed.summed(said)
         loss, grads, tokens = said["loss"], said["grads"], sum(counts)
-    return loss.item(), int(tokens), grads
+    return float(loss), int(tokens), grads
 
 
 def as_arrays(rows: Sequence[Row], e: Stage) -> tuple[mx.array, ...]:
