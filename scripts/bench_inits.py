@@ -2,9 +2,9 @@
 
 Each init gets its own learning rate, the best of one small grid on seed 0, continued downwards
 where the best is at its edge (otherwise the ranking would rank learning rates). It is judged at
-that rate on five other seeds, one by one against `zero` on the same. Every run is kept in figures/inits_runs.jsonl as soon as it ends, and a run that is there
-is not repeated: the script can be stopped and started again. Writes figures/inits.json, .png and
-the table in docs/inits.md.
+that rate on five other seeds, one by one against `zero` on the same. Every run is kept in
+figures/inits_runs.jsonl as soon as it ends, and a run that is there is not repeated: the script can
+be stopped and started again. Writes figures/inits.json, .png and the table in docs/inits.md.
 
     OPENBLAS_NUM_THREADS=1 python scripts/bench_inits.py               # all of it, some hour
     python scripts/bench_inits.py --only zero,gradient --part 0/2      # a share of it
