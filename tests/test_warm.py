@@ -4,8 +4,11 @@ import io
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
 import pytest
 import yaml
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from rich.console import Console
 from tiny import IDS, tiny, tiny_loaded
@@ -16,6 +19,10 @@ from mlx_lora.adapter import files, warm
 from mlx_lora.adapter.attach import lora_layers
 from mlx_lora.adapter.spline_math import Curve
 from mlx_lora.errors import AdapterError, ConfigError
+from mlx_lora.rl.learner import Rule, apply, gradients
+from mlx_lora.rl.logprobs import pack
+from mlx_lora.rl.losses import losses
+from mlx_lora.types import Rollout
 
 
 def saved(folder: Path, **options) -> Path:
@@ -97,6 +104,25 @@ def test_what_the_yaml_leaves_out_is_the_adapters(kind, tmp_path):
     assert "does not say" in said and "scale 3.0" in said and "are not in the adapter" not in said
     e = config.from_text(yaml.safe_dump(config.resolved(e)))  # what the run folder keeps
     assert config.resolved(warm.adopted(e, Console(quiet=True))) == config.resolved(e)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_factors_stored_in_half_precision_learn_in_float32(dtype, tmp_path):
+    folder = saved(tmp_path / "adapter")
+    about, tensors = files.read(folder)
+    files.write(about, {name: value.astype(dtype) for name, value in tensors.items()}, folder)
+    model = started(folder, "")[0]
+    parts = dict(tree_flatten(model.trainable_parameters()))
+    stored = files.read(folder)[1]
+    assert all(mx.array_equal(value, stored[name]) for name, value in parts.items())
+    optimizer = optim.Adam(learning_rate=1e-5)
+    rows = [Rollout((1, 2), (5, 6), (-4.0, -4.0), "", True)]
+    found = gradients(model, pack(rows, np.array([1e-3])), Rule(losses.bind("dapo", {})))
+    assert apply(model, optimizer, *found, 1.0)[1]
+    for name, value in tree_flatten(model.trainable_parameters()):
+        moved = mx.abs(value - parts[name]) / 1e-5  # Adam's first step is 3.16 rates
+        assert value.dtype == mx.float32 and mx.all(moved < 3.2).item(), name
+        assert mx.mean(moved > 2).item() > 0.9, name
 
 
 def test_all_that_does_not_fit_is_listed_at_once(tmp_path):

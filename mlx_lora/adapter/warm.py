@@ -170,13 +170,15 @@ def notices(
 def attach(loaded: Loaded, e: Stage, dropout: float) -> tuple[dict[str, Any], list[str]]:
     """Give the model the layers of an adopted stage, with its adapter's weights in them.
 
-    Returns the adapter's config, and the names of the layers that start at zero. AdapterError
-    lists what the adapter has and no layer holds.
+    Factors learn in float32, whatever the file holds: half precision swallows small updates, and
+    in float16 Adam divides by zero. Returns the adapter's config, and the names of the layers that
+    start at zero. AdapterError lists what the adapter has and no layer holds.
     """
     assert e.resume_adapter_file is not None
     folder, model, lora = files.folder_of(e.resume_adapter_file), loaded.model, e.lora_parameters
     config, tensors = files.read(folder)
     refuse_unsound(tensors, folder)
+    tensors = {name: value.astype(mx.float32) for name, value in tensors.items()}
     shape = {"rank": lora.rank, "scale": lora.effective_scale, "dropout": dropout}
     settings, ranks = attaching.add_layers(
         model,
