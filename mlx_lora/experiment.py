@@ -143,12 +143,13 @@ def validated(experiment: Experiment, console: Console) -> list[Task | None]:
 
 
 def asked(e: Stage, task: Task) -> list[Sample]:
-    """The problems that a stage will sample, and those it is measured on."""
+    """The problems that a stage will sample, if any, and those it is measured on."""
+    train: Sequence[Sample] = ()
     if e.rejection_sampling:
         train = task.load("train", e.rejection_sampling.problems, e.seed)
     elif e.method == "es":
         train = es.problems(task, e)
-    else:
+    elif e.method == "grpo":
         train = grpo.problems(task, grpo.drawn(e), e.seed)
     return [*train, *task.load("test", e.eval.n, 0)]
 

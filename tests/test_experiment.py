@@ -15,6 +15,7 @@ from mlx_lora.errors import ConfigError, RunError
 from mlx_lora.plan import plan
 from mlx_lora.progress import console
 from mlx_lora.rl import grpo
+from mlx_lora.types import Reward, Sample, Task
 
 YAML = """
 model: demo
@@ -180,6 +181,18 @@ def test_keys_that_nothing_acts_on_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"does not act on test yet"):
         run(tmp_path / "run", YAML + "test: true\n")
     assert not (tmp_path / "run").exists()
+
+
+def test_sft_needs_no_problems_to_train_on():
+    e = config.from_text("method: sft\ntask: countdown\niters: 2").first
+    problem, read = Sample("2 + 2?", {}, "4"), []
+
+    def load(split, count, seed):
+        read.append(split)
+        return [problem][:count]
+
+    task = Task(load, lambda sample, text: Reward(0.0, ""), first=problem, wrong="")
+    assert experiment.asked(e, task) == [problem] and read == ["test"]
 
 
 def test_a_plan_counts_and_measures_and_writes_nothing(tmp_path, monkeypatch):
