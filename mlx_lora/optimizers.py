@@ -20,7 +20,7 @@ CLASSES = {
 
 
 class Diverged(Exception):
-    """The loss or gradient stayed non-finite. The weights are those of the last good step."""
+    """Loss, gradient or policy stayed non-finite. The weights are those of the last good step."""
 
 
 def optimizer_of(e: Stage) -> optim.Optimizer:
@@ -71,6 +71,6 @@ class Patience:
         self.count(metrics)
         if self.bad == BAD_STEPS:
             raise Diverged(
-                f"{BAD_STEPS} updates in a row had a non-finite loss or gradient, the last at step "
-                f"{step}; the learning rate was {self.rate:g}"
+                f"{BAD_STEPS} updates in a row had a loss, gradient or policy that is not finite, "
+                f"the last at step {step}; the learning rate was {self.rate:g}"
             )

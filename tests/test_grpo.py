@@ -113,6 +113,14 @@ def test_a_non_finite_gradient_is_dropped_and_three_in_a_row_stop(monkeypatch):
     assert all(np.array_equal(before[k], after[k]) for k in before), "NaN never reaches the weights"
 
 
+def test_a_policy_that_is_not_finite_ends_the_run_though_all_rewards_are_equal():
+    loaded = attached()
+    for layer in lora_layers(loaded.model).values():
+        layer.lora_b = mx.full(layer.lora_b.shape, float("nan"))
+    with pytest.raises(grpo.Diverged, match="policy that is not finite, the last at step 2"):
+        run(loaded, task_of(lambda text: 0.0), experiment(iters=9))
+
+
 def rows():
     return [
         Rollout((1, 2, 3), (4, 5, 6), (-1.0, -2.0, -3.0), "", True),

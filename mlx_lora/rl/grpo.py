@@ -3,6 +3,7 @@
 Left out on purpose: a value function, a second model as reference.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import mlx.optimizers as optim
@@ -65,6 +66,8 @@ def train(
             metrics |= learnt
             if norms:
                 report_norms(step, norms)
+        elif not math.isfinite(metrics["sampled_logp"]):
+            metrics["update_taken"] = 0.0  # the policy is broken: equal rewards must not hide it
         keep_up(model, read_by(sampled), e.lora_parameters.calibrate, step + 1)
         report(step, metrics, sampled)
         patience.saw(step, metrics)
