@@ -195,7 +195,8 @@ class RolloutOptions(Block):
     stop: Stops | None = None
     """Texts after which a completion ends. null: the task's own, []: none."""
     width: Count = 128
-    """Rows decoded together, at most. Waiting prompts take the places of rows that end."""
+    """Rows decoded together, at most, in evaluations too. Waiting prompts take the places of rows
+    that end."""
     reward_seconds: Positive = 60
     """Seconds that the rewards of one group may take."""
 

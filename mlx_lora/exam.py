@@ -106,6 +106,7 @@ def evaluate_named(
         group=samples,
         stop=asked.stage.rollout.stop,
         reward_seconds=asked.stage.rollout.reward_seconds,
+        width=asked.stage.rollout.width,
         heard=keep,
     )
     if out is not None:

@@ -125,33 +125,33 @@ class Foretold:
     logits: int  # of these rows, float32
     rollout: int  # besides, while decoding: cache, logits and the rest
     learning: int  # besides, in scoring and its gradient
+    evaluation: int  # besides, where held-out problems are decoded
 
     @property
     def peak(self) -> int:
-        gradient = self.adapter
-        always = self.base + self.copies + self.adapter + self.optimizer
-        return always + max(self.rollout, self.learning + gradient)
+        always, gradient = self.base + self.copies + self.adapter + self.optimizer, self.adapter
+        return always + max(self.rollout, self.learning + gradient, self.evaluation)
 
 
 def foretell(config: Mapping[str, Any], e: Stage, prompt: int) -> Foretold:
-    """Memory of a step of GRPO with prompts of so many tokens, each completion at its longest.
+    """Memory of a run of RL with prompts of so many tokens, each completion at its longest.
 
     Raises ModelError where a model cannot be built from its config.
     """
-    if e.method == "es":
-        e = as_rollouts(e)
+    evolves = e.method == "es"
+    e = alone(e, rollouts_of(e)) if evolves else e
     model = skeleton(config, e)
-    kept, base = cache_of(model), nbytes(model.parameters())
-    copies = dense_copies(model)
+    kept, base, copies = cache_of(model), nbytes(model.parameters()), dense_copies(model)
     adapted(model, e)
     weights = model.trainable_parameters()
     optimizer = optimizer_of(e)
     optimizer.init(weights)
     sizes = sizes_of(config, model)
     decoding, w = decoding_arrays(sizes, kept, e, prompt), fitted()
+    examined = decoding_arrays(sizes, kept, alone(e, e.eval.n), prompt)
     inside, logits = learning_arrays(sizes, kept, e, prompt)
     merged = merged_copies(model, sizes) if copies else 0
-    crowd = noise_bytes(weights, e) if e.method == "es" else 0
+    learning = of_learning(sizes.layers, inside, logits, w, again=e.grad_checkpoint)
     return Foretold(
         base=base,
         copies=copies,
@@ -159,10 +159,9 @@ def foretell(config: Mapping[str, Any], e: Stage, prompt: int) -> Foretold:
         optimizer=nbytes(optimizer.state),
         cache=int(decoding[0]),
         logits=int(decoding[3]),
-        rollout=crowd + merged + int(weighed(w.decoding, decoding)),
-        learning=0
-        if e.method == "es"
-        else of_learning(sizes.layers, inside, logits, w, again=e.grad_checkpoint),
+        rollout=merged + int(weighed(w.decoding, decoding)) + evolves * noise_bytes(weights, e),
+        learning=0 if evolves else learning,
+        evaluation=merged + int(weighed(w.decoding, examined)),
     )
 
 
@@ -173,10 +172,10 @@ def rollouts_of(e: Stage) -> int:
     return e.batch_size * e.grpo.group_size
 
 
-def as_rollouts(e: Stage) -> Stage:
-    """A stage of ES in the words of GRPO: every completion has a prompt of its own."""
-    alone = e.grpo.model_copy(update={"group_size": 1})
-    return e.model_copy(update={"batch_size": rollouts_of(e), "grpo": alone})
+def alone(e: Stage, rows: int) -> Stage:
+    """The stage with so many completions at once, each with a prompt of its own."""
+    grpo = e.grpo.model_copy(update={"group_size": 1})
+    return e.model_copy(update={"batch_size": rows, "grpo": grpo})
 
 
 def noise_bytes(weights: Any, e: Stage) -> int:

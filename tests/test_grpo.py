@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_lora import config, models
+from mlx_lora import config, decode, models
 from mlx_lora.adapter.attach import attach, lora_layers
 from mlx_lora.generate import generate
 from mlx_lora.rl import grpo, learner, logprobs, monitor, update
-from mlx_lora.rl.evaluate import evaluate, wilson
+from mlx_lora.rl.evaluate import evaluate, examination, wilson
 from mlx_lora.rl.learner import Fixed, Rule
 from mlx_lora.rl.losses import losses
 from mlx_lora.runlog import Clock
@@ -250,6 +250,21 @@ def test_evaluation_is_repeatable_and_its_interval_holds_the_value():
     assert sum(first["reasons"].values()) == 40
     low, high = wilson(50, 100)
     assert (round(low, 4), round(high, 4)) == (0.4038, 0.5962)
+
+
+def test_evaluation_decodes_no_more_rows_together_than_rollouts_may(monkeypatch):
+    e = config.from_text(
+        "{method: grpo, task: countdown, rollout: {width: 3, max_tokens: 4}, eval: {n: 7}}"
+    )
+    rows, real = [], decode.onward
+
+    def seen(split, live, *rest):
+        rows.append(len(live.rows))
+        return real(split, live, *rest)
+
+    monkeypatch.setattr(decode, "onward", seen)
+    examination(models.load("demo"), load_task("countdown"), e)()
+    assert max(rows) == 3
 
 
 def test_greedy_text_does_not_depend_on_the_seed_and_samples_do():

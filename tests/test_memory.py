@@ -84,6 +84,8 @@ def test_nothing_is_evaluated():
         ("rollout: {max_tokens: 512}", "learning", True),
         ("rollout: {max_tokens: 512}", "cache", True),
         ("rollout: {width: 8}", "rollout", False),
+        ("rollout: {width: 8}", "evaluation", False),
+        ("eval: {n: 100}", "evaluation", False),
         ("grad_checkpoint: true", "learning", False),
         ("grad_accumulation_steps: 4", "learning", False),
         ("num_layers: 1", "adapter", False),
@@ -93,6 +95,14 @@ def test_nothing_is_evaluated():
 def test_every_knob_moves_its_part(more, part, grows):
     plain, changed = (getattr(foretell(DEMO, experiment(m), 20), part) for m in ("", more))
     assert (changed > plain) == grows and changed != plain
+
+
+def test_an_evaluation_of_more_rows_than_a_step_decides_the_peak():
+    small = "grpo: {group_size: 2}, batch_size: 1, rollout: {max_tokens: 512}"
+    e = config.from_text(f"{{model: demo, method: grpo, task: countdown, {small}}}")
+    found = foretell(DEMO, e, 20)
+    assert found.evaluation > found.rollout and found.evaluation > found.learning
+    assert told(DEMO, e, 20)["memory_peak_mb"] * 1e6 > found.evaluation + found.base
 
 
 def test_what_does_not_fit_comes_with_advice(monkeypatch):

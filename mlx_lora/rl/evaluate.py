@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_lora.generate import WIDTH
 from mlx_lora.models import Loaded
 from mlx_lora.rl.drift import kl_to_base
 from mlx_lora.rl.rollout import rollout
@@ -27,17 +28,18 @@ def evaluate(
     stop: Sequence[str] | None = None,
     group: int = 1,
     reward_seconds: float = 60,
+    width: int = WIDTH,
     heard: Heard = lambda temperature, groups: None,
 ) -> dict[str, Any]:
     """The JSON of `mlx-lora eval`: greedy accuracy with its 95 % Wilson interval, sampled accuracy.
 
     The problems depend on the task and n alone, so that before and after face the same ones: all of
-    them where there are fewer than n. `group` completions of each are sampled at temperature 1.
-    `stop` None: the task's own. `heard` gets all completions. A task may want more of each, to
-    measure the KL to the base on.
+    them where there are fewer than n. `group` completions of each are sampled at temperature 1, at
+    most `width` rows together. `stop` None: the task's own. `heard` gets all completions. A task
+    may want more of each, to measure the KL to the base on.
     """
     samples = task.load("test", n, 0)
-    options = {"stop": stop, "reward_seconds": reward_seconds}
+    options = {"stop": stop, "reward_seconds": reward_seconds, "width": width}
     greedy = judge(loaded, task, samples, max_tokens, 0.0, seed, **options)
     heard(0.0, greedy)
     group = max(group, task.kl_samples)
@@ -57,6 +59,7 @@ def examination(loaded: Loaded, task: Task, e: Stage) -> Callable[[], dict[str, 
         max_tokens=e.rollout.max_tokens,
         stop=e.rollout.stop,
         reward_seconds=e.rollout.reward_seconds,
+        width=e.rollout.width,
     )
 
 
