@@ -324,6 +324,10 @@ def test_truncated_rows_do_not_train_when_masked():
     assert packed.advantages_B.tolist() == [0.5, -0.5, 0.5]
     cut = {"finished": [[False, False], [False, False]]}
     assert lessons(e, *given, **cut)[0] is None
+    only_cut = {
+        "finished": [[False, False, True, True]]
+    }  # 0, 0 is left: Adam's momentum would move
+    assert lessons(e, [[1, -1, 0, 0]], **only_cut)[0] is None
 
 
 def test_the_overlong_penalty_changes_advantages_and_not_rewards():

@@ -56,8 +56,8 @@ def lessons(
     """The rows to learn from with their advantages, and what there is to say of these.
 
     A group all of whose advantages are 0 has nothing to teach; nor have rows cut at the limit,
-    where these are masked. None where nothing is left: Adam would rescale the noise of a zero
-    gradient into a full step.
+    where these are masked. None where what is left has no advantage but 0: Adam would rescale the
+    noise of a zero gradient into a full step, or go on by its momentum.
     """
     if not groups:
         return None, {}
@@ -75,9 +75,9 @@ def lessons(
     if e.grpo.overlong_buffer:
         metrics["overlong_penalty"] = float(penalty_PG.mean())
     rollouts = [r for g in groups for r in g.rollouts]
-    rows = np.flatnonzero(trains_PG)
-    if not len(rows):
+    if not advantages_PG[trains_PG].any():
         return None, metrics
+    rows = np.flatnonzero(trains_PG)
     return pack([rollouts[r] for r in rows], advantages_PG.reshape(-1)[rows]), metrics
 
 
