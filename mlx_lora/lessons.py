@@ -73,7 +73,7 @@ def sampled(
     counts: dict[str, int] = models.read_json(about)
     console.print(
         f"Kept {counts['kept']:,} of {counts['sampled']:,} completions: {counts['correct']:,} were "
-        f"correct, {counts['distinct']:,} of these distinct"
+        f"correct, {counts['distinct']:,} of these whole and distinct"
     )
     return counts
 

@@ -1,5 +1,7 @@
 """Rejection sampling keeps what is right, once, and says so when nothing is."""
 
+from dataclasses import replace
+
 import pytest
 
 from mlx_lora import models
@@ -41,6 +43,16 @@ def test_nothing_right_is_an_error_that_says_what_to_do():
     with pytest.raises(RunError, match="none of 5 completions of 1 problems") as caught:
         sifted(GROUPS[1:2], keep=2)
     assert "rejection_sampling.samples" in caught.value.hint and "`data`" in caught.value.hint
+
+
+def test_what_was_cut_is_not_learnt_as_if_it_ended_there():
+    cut = GROUPS[0].rollouts[0]
+    rollouts = [replace(cut, finished=False), *GROUPS[0].rollouts[1:]]
+    found = sifted([replace(GROUPS[0], rollouts=rollouts)], keep=9)
+    assert [r["completion"] for r in found.rows] == ["a", "c", "d"] and found.correct == 4
+    rollouts = [replace(r, finished=False) for r in rollouts]
+    with pytest.raises(RunError, match="all 4 correct completions were cut"):
+        sifted([replace(GROUPS[0], rollouts=rollouts)], keep=9)
 
 
 def test_samples_are_the_models_own_and_repeatable():

@@ -29,7 +29,7 @@ COUNTS = {
     "problems": "training problems",
     "sampled": "completions sampled",
     "correct": "of these correct",
-    "distinct": "of these, each text once a problem",
+    "distinct": "of these not cut, each text once a problem",
     "kept": "of these kept to learn from",
 }
 

@@ -23,7 +23,7 @@ class Harvest:
     problems: int
     sampled: int
     correct: int
-    distinct: int  # ... and are not the same text as another of their problem
+    distinct: int  # ... and whole, and not the same text as another of their problem
 
     def counts(self) -> dict[str, int]:
         about = {k: v for k, v in asdict(self).items() if k != "rows"}
@@ -56,22 +56,31 @@ def harvest(
 
 
 def sifted(groups: Sequence[Group], keep: int) -> Harvest:
-    """Of each group the first `keep` distinct completions that are correct."""
+    """Of each group the first `keep` distinct completions that are correct and ended by themselves.
+
+    One that was cut would be learnt as if it ended there: right by luck, amid a thought.
+    """
     rows, correct, distinct = [], 0, 0
     for group in groups:
         right = [
-            (rollout.text, reward.value)
+            (rollout, reward.value)
             for rollout, reward in zip(group.rollouts, group.rewards, strict=True)
             if reward.reason == CORRECT
         ]
         correct += len(right)
-        different = dict(right)
+        different = {rollout.text: value for rollout, value in right if rollout.finished}
         distinct += len(different)
         rows += [
             {"prompt": group.sample.prompt, "completion": text, "reward": value}
             for text, value in list(different.items())[:keep]
         ]
     sampled = sum(len(group.rollouts) for group in groups)
+    if correct and not rows:
+        raise RunError(
+            f"rejection sampling kept nothing: all {correct:,} correct completions were cut at "
+            "rollout.max_tokens, and would be learnt as if they ended there",
+            "Raise rollout.max_tokens, or give the task a `stop`.",
+        )
     if not rows:
         raise RunError(
             f"rejection sampling kept nothing: none of {sampled:,} completions of {len(groups):,} "
