@@ -3,7 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlx_lora.blocks import INSTEAD, MOST_SOFT, QUANTIZATION, Grpo, LoraParameters, RolloutOptions
+from mlx_lora.blocks import (
+    INSTEAD,
+    MOST_SOFT,
+    QUANTIZATION,
+    Es,
+    Grpo,
+    LoraParameters,
+    Monitor,
+    RolloutOptions,
+)
 from mlx_lora.schema import RL, Experiment, Stage
 from mlx_lora.yamlfile import KeyPath
 
@@ -62,6 +71,10 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     yield from quantize_conflicts(blocks["quantize"])
 
 
+OF_SFT = (
+    "data", "hf_dataset", "prompt_feature", "completion_feature", "chat_feature", "text_feature",
+    "mask_prompt", "max_seq_length", "steps_per_eval", "val_batches", "test_batches", "sft",
+)  # fmt: skip
 FEATURES = ("prompt_feature", "completion_feature", "chat_feature", "text_feature")
 
 
@@ -221,8 +234,26 @@ def notices(experiment: Experiment) -> list[str]:
             )
         if loop.config is not None:
             found.append("config: means nothing inside an experiment file")
-    methods = {loop.method for loop in experiment.loops}
-    for name, block in (("grpo", experiment.grpo), ("es", experiment.es)):
-        if name not in methods and block != type(block)():
-            found.append(f"{name}: is not used by method {' or '.join(sorted(methods))}")
+        found += moot(loop)
+    loops = experiment.loops
+    methods = sorted({loop.method for loop in loops})
+    for method, keys in {"grpo": ("grpo",), "es": ("es",), "sft": OF_SFT}.items():
+        idle = [k for k in keys if any(changed(dict(loop), [k]) for loop in loops)]
+        if idle and method not in methods:
+            found.append(f"{', '.join(idle)}: is not used by method {' or '.join(methods)}")
     return list(dict.fromkeys(found))
+
+
+def moot(e: Stage) -> Iterator[str]:
+    """What keys ask for and another key leaves without effect, in sentences."""
+    r, g, es, m = e.rollout, e.grpo, e.es, e.monitor
+    evolves, greedy = e.method == "es", e.is_rl and r.temperature == 0
+    unweighted = e.method == "grpo" and g.importance_sampling == "none"
+    if greedy and (r.top_p < 1 or r.top_k):
+        yield "rollout.top_p and top_k are not used: at temperature 0 rollouts are greedy"
+    if unweighted and g.is_cap != Grpo().is_cap:
+        yield "grpo.is_cap is not used: importance_sampling is none"
+    if evolves and es.factor == "b" and es.turn != Es().turn:
+        yield "es.turn is not used: factor is b"
+    if not m.check_every and m.policy != Monitor().policy:
+        yield "monitor.policy is not used: check_every is 0"

@@ -347,6 +347,26 @@ def test_rl_has_its_own_defaults_and_no_dropout():
     assert "dropout 0.1 is set to 0" in dropout and "es: is not used by method grpo" in es
 
 
+GRPO, ES = "method: grpo\ntask: countdown\n", "method: es\ntask: countdown\n"
+IDLE = {
+    GRPO
+    + "data: mine.jsonl\nmask_prompt: true\nsft: {packing: true}": "data, mask_prompt, sft: is not",
+    GRPO + "stages: [{method: grpo, data: mine.jsonl}, {}]": "data: is not used by method grpo",
+    GRPO + "grpo: {importance_sampling: none, is_cap: 3}": "grpo.is_cap is not used",
+    ES + "rollout: {top_k: 4}": "rollouts are greedy",
+    ES + "es: {turn: 3}": "es.turn is not used",
+    ES + "monitor: {policy: stop, check_every: 0}": "monitor.policy is not used",
+}
+
+
+@pytest.mark.parametrize("text", IDLE)
+def test_keys_without_an_effect_are_said(text):
+    (said,) = config.notices(load(text))
+    assert IDLE[text] in said
+    both = "task: countdown\ndata: mine.jsonl\nstages: [{method: sft}, {method: grpo}]"
+    assert not config.notices(load(both))
+
+
 def test_stages_are_the_file_with_changes():
     text = """
     lora_parameters: {rank: 4, alpha: 8}
