@@ -130,8 +130,10 @@ def rl_conflicts(
         yield ("method",), f"{method} needs a task, like `task: countdown` (`mlx-lora ls tasks`)"
     if "epochs" in top:
         yield ("epochs",), f"{method} draws problems without end: give iters"
-    if method == "grpo" and blocks["rollout"].get("temperature") == 0:
-        yield ("rollout", "temperature"), "at 0 all rollouts of a group are equal: nothing to learn"
+    for key, greedy in (("temperature", 0), ("top_k", 1)):
+        if method == "grpo" and blocks["rollout"].get(key) == greedy:
+            equal = f"at {greedy} all rollouts of a group are equal: nothing to learn"
+            yield ("rollout", key), equal
     if method == "grpo":
         yield from update_conflicts(top, blocks["grpo"], blocks["rollout"])
     population = blocks["es"].get("population")

@@ -425,6 +425,7 @@ def test_norms_are_those_of_each_module():
 
 
 BAD = {
+    "rollout.top_k": ["rollout.top_k=1"],
     "grpo.minibatches": ("batch_size=2", "grpo.group_size=4", "grpo.minibatches=9"),
     "grad_accumulation_steps": ("batch_size=2", "grad_accumulation_steps=17"),
     "grpo.overlong_buffer": ("grpo.overlong_buffer=9",),
