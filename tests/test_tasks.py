@@ -556,3 +556,33 @@ def test_problems_of_a_file_are_listed_in_its_order_and_once(tmp_path):
         False
     ]
     assert "12 problems in all" in lines[-1] and "e.yaml:2:1" in lines[0]
+
+
+LOADS = {
+    "[]": "gave no problem",
+    "1 / 0": r"crashed: ZeroDivisionError: division by zero \(.*made.py:3\)",
+    "['q'] * n": "'q', number 0, is no problem",
+    "[Sample([('user', 'q')], {}, '')] * n": "is no problem",
+}
+
+
+@pytest.mark.parametrize("found", LOADS)
+def test_problems_of_a_users_task_are_looked_at(found, tmp_path):
+    (tmp_path / "made.py").write_text(
+        "from mlx_lora.types import Reward, Sample, Task\n"
+        "first = Sample('q', {}, '')\n"
+        f"task = Task(lambda split, n, seed: {found}, None, first=first, wrong='')\n"
+    )
+    task = load_task("python", {"path": f"{tmp_path}/made.py:task"})
+    with pytest.raises(TaskError, match=LOADS[found]):
+        task.load("test", 3, 0)
+
+
+def test_a_users_task_may_make_problems_without_end(tmp_path):
+    (tmp_path / "made.py").write_text(
+        "import itertools\nfrom mlx_lora.types import Sample, Task\n"
+        "first = Sample((('user', 'q'),), {}, '')\n"
+        "task = Task(lambda *_: itertools.repeat(first), None, first=first, wrong='')\n"
+    )
+    task = load_task("python", {"path": f"{tmp_path}/made.py:task"})
+    assert len(task.load("train", 3, 0)) == 3

@@ -1,18 +1,23 @@
 """Your own reward or task: a name in a local Python file, run as your own code."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any
 
 from annotated_types import Gt, Lt
 
-from mlx_lora.errors import ConfigError, TaskError
+from mlx_lora.errors import ConfigError, TaskError, UserError
 from mlx_lora.problems import Row, parted
 from mlx_lora.registry import check_options
 from mlx_lora.rewards import user
+from mlx_lora.rewards.score import described
 from mlx_lora.types import Reward, Sample, Task
 
 Share = Annotated[float, Gt(0), Lt(1)]
+FORM = "It should be a types.Sample whose prompt is text, or a tuple of (role, content) tuples."
 OF_ROWS = ("data", "test_data", "solved")  # options that only a reward function has a use for
 
 
@@ -66,7 +71,7 @@ def made(thing: Any, path: str, options: dict[str, Any]) -> Task:
     if isinstance(thing, Task):
         if options:
             raise ConfigError(f"{path} is a Task already: it takes no `options`")
-        return thing
+        return looked_at(thing, path)
     if not callable(thing):
         raise TaskError(f"{path} is {thing!r:.40}: neither {user.SIGNATURE}, a Task nor a build")
     task = thing(**check_options(path, thing, options))
@@ -75,7 +80,37 @@ def made(thing: Any, path: str, options: dict[str, Any]) -> Task:
             f"{path} returned {task!r:.40}, not a mlx_lora.types.Task",
             f"A reward has the form {user.SIGNATURE}.",
         )
-    return task
+    return looked_at(task, path)
+
+
+def looked_at(task: Task, path: str) -> Task:
+    """A user's task whose problems are looked at before they are believed."""
+
+    def load(split: str, count: int, seed: int) -> Sequence[Sample]:
+        asked = f"{path}: load({split!r}, {count}, {seed})"
+        try:
+            found = list(islice(task.load(split, count, seed), count))
+        except UserError:
+            raise
+        except Exception as error:
+            raise TaskError(f"{asked} crashed: {described(error)}") from error
+        if not found:
+            raise TaskError(f"{asked} gave no problem: a run trains on some and tests on others")
+        for number, sample in enumerate(found):
+            if not isinstance(sample, Sample) or not is_prompt(sample.prompt):
+                raise TaskError(f"{asked}: {sample!r:.80}, number {number}, is no problem", FORM)
+        return found
+
+    return replace(task, load=load)
+
+
+def is_prompt(thing: Any) -> bool:
+    """Text, or turns as types.Prompt has them."""
+    return isinstance(thing, str) or (
+        isinstance(thing, tuple)
+        and len(thing) > 0
+        and all(isinstance(t, tuple) and [type(x) for x in t] == [str, str] for t in thing)
+    )
 
 
 def nothing(row: Row) -> str:
