@@ -85,10 +85,38 @@ def encode(row: Row, tokenizer: Any) -> Text | None:
     elif "prompt" in row and "completion" in row:
         head = encode_prompt(tokenizer, row["prompt"])
         tail = tokenizer.encode(row["completion"], add_special_tokens=False)
-        ids, start = (*head, *tail, min(eos_ids(tokenizer))), len(head)
+        ids, start = (*head, *tail, end_of_answer(tokenizer)), len(head)
     else:
         return None
     return Text(ids, start) if len(ids) > start else None
+
+
+@lru_cache(maxsize=8)
+def end_of_answer(tokenizer: Any) -> int:
+    """The token that ends a completion: of several EOS that which the chat template writes there.
+
+    Llama 3, Qwen and Gemma have others for the end of a document.
+    """
+    eos, usual = eos_ids(tokenizer), end_of(tokenizer)
+    usual = usual if usual in eos else min(eos)
+    if not getattr(tokenizer, "chat_template", None):
+        return usual
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        whole = tokenizer.apply_chat_template(turns, tokenize=True)
+    except Exception:  # a template may refuse what it likes
+        return usual
+    ids = whole["input_ids"] if hasattr(whole, "keys") else whole
+    head = encode_prompt(tokenizer, "a")
+    pairs = enumerate(zip(ids, head, strict=False))
+    shared = next((i for i, (one, other) in pairs if one != other), len(head))
+    return next((token for token in ids[shared:] if token in eos), usual)
+
+
+def end_of(tokenizer: Any) -> int:
+    """The token that ends a text."""
+    first = getattr(tokenizer, "eos_token_id", None)
+    return min(eos_ids(tokenizer)) if first is None else first
 
 
 def context_of(loaded: Loaded) -> int | None:
@@ -137,7 +165,7 @@ def training_texts(
         if mask_prompt and "text" in row:
             problems.append(f"{source}:{number}: mask_prompt needs a prompt, not a text")
             continue
-        ids = text.ids if text.ids[-1] in eos else (*text.ids, min(eos))
+        ids = text.ids if text.ids[-1] in eos else (*text.ids, end_of(loaded.tokenizer))
         start = text.start if mask_prompt else 1
         cut += len(ids) > limit
         texts.append(Text(ids[:limit], start))

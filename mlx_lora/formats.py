@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_lora.blocks import HfDataset
-from mlx_lora.data import Row, Text
+from mlx_lora.data import Row, Text, end_of
 from mlx_lora.models import eos_ids
 from mlx_lora.schema import Stage
 
@@ -102,12 +102,6 @@ def lesson_of(
         return Lesson(Text(ids, 1))
     head = template(messages[:-1], tools, answers) if len(messages) > 1 else ()
     return Lesson(Text(ids, max(1, len(head))), straight=ids[: len(head)] == head)
-
-
-def end_of(tokenizer: Any) -> int:
-    """The token that ends a text."""
-    first = getattr(tokenizer, "eos_token_id", None)
-    return min(eos_ids(tokenizer)) if first is None else first
 
 
 def template_of(tokenizer: Any, *, plain: bool) -> Callable[[Messages, Any, bool], tuple[int, ...]]:

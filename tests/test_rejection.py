@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mlx_lora import models
+from mlx_lora.data import encode, end_of_answer
 from mlx_lora.errors import RunError
 from mlx_lora.rl import rejection
 from mlx_lora.rl.rejection import harvest, sifted
@@ -87,3 +88,30 @@ def test_no_step_of_training_draws_the_same_numbers(monkeypatch):
     e = Stage.model_validate({"method": "sft", "task": "countdown", "rejection_sampling": {}})
     rejection.harvest(models.load("demo"), load_task("countdown"), e)
     assert [o["purpose"] for o in heard] == ["rejection"]
+
+
+class Ends:
+    """A tokenizer of letters with several EOS; its chat template closes turns with `turn`."""
+
+    eos_token_ids, eos_token_id, chat_template = (1, 3, 5), 3, "given"
+
+    def __init__(self, turn: str) -> None:
+        self.turn = turn
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [int(c) if c.isdigit() else 10 + ord(c) for c in text]
+
+    def apply_chat_template(self, turns, add_generation_prompt=False, **_) -> list[int]:
+        if self.turn == "refused":
+            raise ValueError("no system message")
+        text = "".join(f"{t['role'][0].upper()}{t['content']}{self.turn}" for t in turns)
+        return self.encode(text + "A" * add_generation_prompt)
+
+
+@pytest.mark.parametrize(("turn", "end"), [("5", 5), ("513", 5), ("1", 1), ("", 3)])
+def test_an_answer_ends_as_the_chat_template_ends_it(turn, end):
+    tokenizer = Ends(turn)
+    text = encode({"prompt": "q", "completion": "w"}, tokenizer)
+    head = tokenizer.apply_chat_template([{"role": "user", "content": "q"}], True)
+    assert text.ids == (*head, *tokenizer.encode("w"), end) and text.start == len(head)
+    assert end_of_answer(Ends("refused")) == 3
