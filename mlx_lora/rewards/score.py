@@ -8,6 +8,7 @@ from mlx_lora.errors import RewardError, TaskError
 from mlx_lora.problems import question
 from mlx_lora.types import Reward, Sample, Task
 
+LARGEST = 1e18  # of a reward: spreads and advantages are computed from squares
 SHOWN = 80  # characters of a completion in a message
 
 
@@ -96,6 +97,8 @@ def wrong_with(task: Task, reward: object) -> str:
     for part, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             return f"returned {value!r:.40}{part}, which is no finite number,"
+        if abs(value) > LARGEST:
+            return f"returned {value!r:.40}{part}, beyond {LARGEST:g}: no float32 holds its square,"
     if not task.low <= reward.value <= task.high:
         return f"returned {reward.value}, outside [{task.low:g}, {task.high:g}],"
     return ""
