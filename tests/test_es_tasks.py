@@ -188,6 +188,8 @@ def test_the_papers_file_loads(tmp_path):
         ('[{"numbers": [1, "2"], "target": 3}]', r"\[0\]: `numbers` should be a list"),
         ('[{"numbers": [1, 2], "target": "three"}]', "`target` should be a number, is 'three'"),
         ('[{"numbers": [1, 2], "target": "1e999999"}]', "should be a number"),
+        ('[{"numbers": [1, 2], "target": 3, "prompt": 7}]', "`prompt` should be text, is 7"),
+        ('[{"numbers": [1, 2], "target": 3, "context": " "}]', "`context` is empty"),
         ('[{"numbers": [1, 2], "target": NaN}]', "NaN is no number"),
         ("[", "not JSON"),
         ("", "is empty"),

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 
 from mlx_lora.errors import ConfigError, TaskError, near
-from mlx_lora.problems import SPLITS, Problems, json_rows, refuse
+from mlx_lora.problems import SPLITS, Problems, faults_of_text, json_rows, refuse
 from mlx_lora.registry import options
 from mlx_lora.rewards.answers import CLOSE, OPEN, THOUGHT, answer_block
 from mlx_lora.rewards.arithmetic import MAX_DIGITS, OPERATIONS, PRECEDENCE, evaluate
@@ -130,7 +130,7 @@ def from_file(path: str, train_rows: int | None, style: Style) -> Problems:
     wrong, unsolved = [], 0
     for number, (place, row) in enumerate(json_rows(path)):
         try:
-            numbers, target = numbers_of(row), target_of(row)
+            numbers, target, prompt = numbers_of(row), target_of(row), prompt_of(row)
         except TaskError as error:
             wrong.append(f"{place}: {error}")
             continue
@@ -141,7 +141,6 @@ def from_file(path: str, train_rows: int | None, style: Style) -> Problems:
         split = split_of(numbers, target)
         if train_rows is not None:
             split = "train" if number < train_rows else "test"
-        prompt = row.get("context") or row.get("prompt")
         found[split].append(style(numbers, target, solution, prompt=prompt, place=place))
     refuse(wrong)
     if not found["train"] or not found["test"]:
@@ -170,6 +169,18 @@ def numbers_of(row: Mapping[str, Any]) -> list[int]:
     ):
         raise TaskError(f"`numbers` should be a list of whole numbers, is {numbers!r:.40}")
     return numbers
+
+
+def prompt_of(row: Mapping[str, Any]) -> str | None:
+    """The whole prompt that a row brings, if it does."""
+    key = next((k for k in ("context", "prompt") if row.get(k) is not None), None)
+    if key is None:
+        return None
+    if not isinstance(row[key], str):
+        raise TaskError(f"`{key}` should be text, is {row[key]!r:.40}")
+    for fault in faults_of_text(key, row[key]):
+        raise TaskError(fault)
+    return row[key]
 
 
 def target_of(row: Mapping[str, Any]) -> int | Fraction:
