@@ -1,6 +1,7 @@
 """Run folders and clocks: nothing half-written, nothing overwritten, every second in one row."""
 
 import contextlib
+import io
 import json
 import math
 import re
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from mlx_lora import runlog
 from mlx_lora.errors import RunError
+from mlx_lora.progress import watch
 from mlx_lora.runlog import Clock, RunLog, json_safe
 
 
@@ -274,3 +277,15 @@ def test_the_plot_is_a_png_a_thousand_pixels_wide(tmp_path):
     header = (tmp_path / "time.png").read_bytes()[:24]
     assert header[:4] == b"\x89PNG" and int.from_bytes(header[16:20], "big") == 1000
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.png", "time.png"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_keeps_the_count_of_steps_and_whole_metrics(width):
+    seen = io.StringIO()
+    screen = Console(file=seen, force_terminal=True, width=width, color_system=None)
+    step = {"loss": 0.1, "reward": 0.46, "accuracy": 0.46, "kl": 0.182, "entropy": 0.24}
+    with watch(screen, "grpo on demo", 64) as watcher:
+        watcher.update(63, step | {"tokens_per_second": 2595.0})
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.getvalue()).strip().splitlines()[-1]
+    assert "64/64 reward 0.46" in last and "…" not in last and len(last) <= width
+    assert ("2,595 tok/s" in last) == (width == 120)
