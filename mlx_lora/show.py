@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich import box
@@ -10,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mlx_lora.bases import recorded
+from mlx_lora.report.answers import Share, gained
 from mlx_lora.runlog import TIMES, gathered, in_words
 
 PROMPTS = {"countdown": "Numbers: 7 23 25. Target: 41."}  # to try a task with
@@ -20,15 +23,20 @@ def out() -> Console:
 
 
 def interval(result: Mapping[str, Any], key: str) -> str:
-    if result[key] is None:
-        return "nothing is called correct"
+    if result[key] is None:  # the task gives rewards, not right or wrong
+        mean = result.get(key.replace("accuracy", "reward_mean"))
+        return "" if mean is None else f"mean reward {mean:.4g}"
     return f"{result[key]:.1%} ({result[f'{key}_low']:.1%} to {result[f'{key}_high']:.1%})"
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """The end of a run: what was gained, where it lies, how to use it."""
+    """The end of a run: where it lies, what was gained, how to go on, in this order."""
     console, folder = out(), Path(summary["run_dir"])
+    trained = "check" in summary
+    if trained:
+        print_contents(folder, summary["seconds"])
     if "accuracy_before" in summary:
+        console.print()
         console.print(accuracies(summary))
     if "valid_loss" in summary:
         before, after = summary.get("valid_loss_before"), summary["valid_loss"]
@@ -37,18 +45,30 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     if "test_loss" in summary:
         loss, perplexity = summary["test_loss"], summary["test_perplexity"]
         console.print(f"Test loss: {loss:.4g} nats per token, perplexity {perplexity:.4g}.")
-    if "check" not in summary:  # nothing was trained
+    if not trained:
         console.print(f"{summary['seconds']:.0f} s. Also in {folder}.", markup=False)
         return
+    before, after = (Share.of(summary, f"accuracy_{when}") for when in ("before", "after"))
+    if before and after:
+        found = gained(before, after)
+        console.print(f"{found.sentence}. {found.detail}.")
     alerts = ", ".join(summary["alerts"]) or "none"
-    modules = ", ".join(f"{name} ({n})" for name, n in summary["adapter_alerts"].items()) or "none"
+    modules = ", ".join(f"{name} in {n}" for name, n in summary["adapter_alerts"].items())
     console.print(
         f"Check before training: {summary['check']['verdict']}. Alerts during it: {alerts}. "
-        f"On the adapter: {modules}."
+        f"On modules of the adapter: {modules or 'none'}."
     )
+    if summary["alerts"] or modules:
+        console.print("What each alert asks for is in report.html.")
+    print_next(summary, folder)
+
+
+def print_contents(folder: Path, seconds: float) -> None:
+    """Where the time went, and the files of a run folder that a person opens."""
+    console = out()
     if (folder / TIMES).exists():
         console.print(times(json.loads((folder / TIMES).read_text(encoding="utf-8"))))
-    console.print(f"{summary['seconds']:.0f} s. Everything is in {folder}:", markup=False)
+    console.print(f"{seconds:.0f} s. Everything is in {folder}:", markup=False, soft_wrap=True)
     contents = {
         "report.html": "all of it on one page, for a browser",
         "adapters/": "the adapter, in mlx-lm's format",
@@ -63,6 +83,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         "singular_values.png": "  how many directions it uses",
         "effective_rank.png": "  the rank it uses, by block and layer",
         "dominance.png": "  how loud it is against the base",
+        "dynamics.png": "  how these moved while it trained",
         "splines.png": "  how its curves bend the update",
         "time_breakdown.png": "where the time went",
         "weights.png": "how large the frozen matrices are",
@@ -70,15 +91,24 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     for name, text in contents.items():
         if (folder / name).exists():
             console.print(f"  {name:22}{text}")
-    base = folder / "base"
-    if base.exists() and not (folder / "splines.png").exists():  # of splines only we know
-        console.print("Use it with stock mlx-lm:")
-        console.print(
-            f"  mlx_lm generate --model {base} --adapter-path {folder / 'adapters'} "
-            f'--prompt "{PROMPTS.get(summary.get("task") or "", "...")}"',
-            soft_wrap=True,
-            markup=False,
-        )
+
+
+def print_next(summary: Mapping[str, Any], folder: Path) -> None:
+    """Commands to go on with: prove the adapter, ship it, use it."""
+    base, adapter, gguf = (quote(str(folder / name)) for name in ("base", "adapters", "gguf"))
+    model = quote(recorded(folder / "adapters").get("model", "MODEL"))
+    commands = {"Did it change the model, and is that sound": (
+        f"mlx-lora check {model} --adapter {adapter} --expect changed"
+    )}  # fmt: skip
+    if not (folder / "splines.png").exists():  # of splines only we know
+        commands["Write it for llama.cpp"] = f"mlx-lora export {adapter} --to gguf --out {gguf}"
+        if (folder / "base").exists():
+            prompt = PROMPTS.get(summary.get("task") or "", "...")
+            commands["Use it with stock mlx-lm"] = (
+                f'mlx_lm generate --model {base} --adapter-path {adapter} --prompt "{prompt}"'
+            )
+    for what, command in commands.items():
+        out().print(f"{what}:\n  {command}", soft_wrap=True, markup=False)
 
 
 def times(breakdown: Mapping[str, Any]) -> Table:

@@ -226,3 +226,38 @@ def test_waiting_for_a_better_validation_needs_one(tmp_path):
     e = config.from_text(f"model: demo\ndata: {tmp_path}\neval: {{patience: 2}}")
     with pytest.raises(ConfigError, match=r"no valid\.jsonl"):
         experiment.run(e, tmp_path / "run", Console(quiet=True))
+
+
+def accuracy_of(when, value):
+    about = {"": value, "_low": value - 0.04, "_high": value + 0.04, "_sampled": value}
+    return {f"accuracy_{when}{end}": number for end, number in about.items()}
+
+
+@pytest.mark.parametrize(("after", "said"), [(0.61, "It learned: "), (0.38, "Not shown to have")])
+def test_a_run_ends_with_whether_it_learned_and_where_its_alerts_are(tmp_path, capsys, after, said):
+    from mlx_lora.show import print_summary
+
+    about = {
+        "run_dir": str(tmp_path),
+        "task": "jsonl",
+        "seconds": 1.0,
+        "check": {"verdict": "pass"},
+    }
+    about |= {"alerts": [], "adapter_alerts": {"dominance_critical": 9}}
+    print_summary(about | accuracy_of("before", 0.37) | accuracy_of("after", after))
+    seen = " ".join(capsys.readouterr().out.split())
+    assert f"{said}" in seen and "from 37.0% to" in seen
+    assert "dominance_critical in 9" in seen and "report.html" in seen
+    assert f"mlx-lora export {tmp_path}/adapters" in seen
+
+
+def test_a_task_of_rewards_shows_their_means_where_nothing_is_right_or_wrong(tmp_path, capsys):
+    from mlx_lora.show import print_summary
+
+    about = {"run_dir": str(tmp_path), "task": "python", "seconds": 1.0, "alerts": []}
+    for when, mean in (("before", 0.25), ("after", 0.75)):
+        about |= {f"accuracy_{when}": None, f"accuracy_{when}_sampled": None}
+        about[f"reward_mean_{when}"] = mean
+    print_summary(about | {"check": {"verdict": "pass"}, "adapter_alerts": {}})
+    seen = capsys.readouterr().out
+    assert "mean reward 0.25" in seen and "mean reward 0.75" in seen
