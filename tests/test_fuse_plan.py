@@ -1,5 +1,6 @@
 """A plan stores each layer at the fewest bits at which its update survives, and mlx-lm loads it."""
 
+import io
 import json
 
 import mlx.core as mx
@@ -200,3 +201,25 @@ def test_without_bits_or_an_update_there_is_no_plan():
     attach(loaded)
     with pytest.raises(AdapterError, match="changes nothing"):
         planned(loaded, Standard(), QUIET)
+
+
+def test_in_80_columns_no_word_is_cut_and_a_long_path_stays_whole(monkeypatch):
+    from rich.console import Console
+
+    from mlx_lora.ship import show
+
+    seen, path = io.StringIO(), "runs/" + "a" * 100
+    screen = Console(file=seen, force_terminal=True, width=80, color_system=None, soft_wrap=True)
+    monkeypatch.setattr(show, "out", lambda: screen)
+    show.say(f"Note: it learned on quantized weights; elsewhere it meets others, see {path}")
+    lines = [line.rstrip() for line in seen.getvalue().splitlines()]
+    assert path in lines and max(len(line) for line in lines if line != path) <= 80
+    widths = [{"bits": b, "kept": 1.0} for b in (2, 3, 4, 5, 6, 8, None)]
+    layer = {"module": "model.layers.27.self_attn.v_proj", "size": 0.123, "bits": 5}
+    total = {"kept": 1.0, "noise": 0.5, "bytes": 10}
+    found = {"uniform": [w | total for w in widths], "planned": total, "keep": 0.95}
+    found |= {"layers": [layer | {"widths": widths}], "noise_limit": 0.5, "notices": []}
+    show.print_plan(found, None)
+    assert all(
+        len(line.rstrip()) <= 80 for line in seen.getvalue().splitlines() if path not in line
+    )

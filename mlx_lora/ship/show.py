@@ -1,6 +1,7 @@
 """What shipping came to, for a person."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ def out() -> Console:
 
 
 def say(text: str) -> None:
-    out().print(text, markup=False)
+    """A sentence; at a terminal broken between words, and what is longer than a line is whole."""
+    screen = out()
+    if screen.is_terminal:
+        text = "\n".join(
+            textwrap.fill(line, screen.width, break_long_words=False, break_on_hyphens=False)
+            for line in text.splitlines()
+        )
+    screen.print(text, markup=False)
 
 
 def print_shipped(found: Mapping[str, Any]) -> None:
@@ -89,7 +97,7 @@ def print_plan(found: Mapping[str, Any], folder: Path | None) -> None:
     )
     table.add_column("layer", no_wrap=True)
     for heading in ("size", *(str(bits or "none") for bits in widths), "plan"):
-        table.add_column(heading, justify="right", min_width=6)
+        table.add_column(heading, justify="right", min_width=5)
     rows = [layer for layer in found["layers"] if layer["widths"][0]["kept"] is not None]
     for layer in sorted(rows, key=lambda x: (-(x["bits"] or math.inf), x["size"]))[:MANY]:
         at = {width["bits"]: f"{width['kept']:.0%}" for width in layer["widths"]}
@@ -160,4 +168,5 @@ def print_merged(found: Mapping[str, Any]) -> None:
 
 def print_answers(found: Mapping[str, Any]) -> None:
     """The texts alone, for pipes; several are parted by an empty line."""
-    say("\n\n".join(printable(c["text"]) for c in found["completions"]))
+    texts = "\n\n".join(printable(c["text"]) for c in found["completions"])
+    out().print(texts, markup=False)
