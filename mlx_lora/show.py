@@ -17,6 +17,13 @@ from mlx_lora.runlog import TIMES, gathered, in_words
 
 PROMPTS = {"countdown": "Numbers: 7 23 25. Target: 41."}  # to try a task with
 
+PLANNED = {  # keys of a plan that need more words
+    "tried": "a step was tried",
+    "peak_memory_mb": "memory of that step mb",
+    "memory_peak_mb": "memory foretold in all mb",
+    "memory_machine_mb": "memory of this machine mb",
+}
+
 
 def out() -> Console:
     return Console(highlight=False)
@@ -189,7 +196,9 @@ def print_doctor(findings: Mapping[str, Any]) -> None:
     console = out()
     table = Table(box=box.SIMPLE, show_header=False)
     for key, value in findings["environment"].items():
-        table.add_row(key, str(value))
+        parts = isinstance(value, Mapping)
+        said = ", ".join(f"{k} {v}" for k, v in value.items()) if parts else str(value)
+        table.add_row(key, escape(said))
     console.print(table)
     for test in findings["tests"]:
         mark = "[green]PASS[/] " if test["ok"] else "[red]FAIL[/] "
@@ -198,10 +207,16 @@ def print_doctor(findings: Mapping[str, Any]) -> None:
             console.print(f"       {test['action']}")
     for sentence in findings["advice"]:
         console.print(f"  [yellow]Note:[/] {sentence}")
+    failed = sum(not test["ok"] for test in findings["tests"])
+    console.print(
+        f"{failed} of {len(findings['tests'])} tests failed: do not train here yet."
+        if failed
+        else "This machine is sound. Next: mlx-lora demo"
+    )
 
 
 def print_plan(found: Mapping[str, Any]) -> None:
-    """One table, and one more for each of several stages."""
+    """One table, and one more for each of several stages; last what it comes to."""
     stages = found.get("stages", ())
     titled = [("plan", {k: v for k, v in found.items() if k != "stages"})]
     titled += [(f"stage {number}", stage) for number, stage in enumerate(stages, start=1)]
@@ -210,7 +225,33 @@ def print_plan(found: Mapping[str, Any]) -> None:
         for key, value in part.items():
             if value == []:
                 continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            said = "\n".join(value) if isinstance(value, list) else str(value)
-            table.add_row(key.replace("_", " "), f"{value:,}" if number else escape(said))
+            about = PLANNED.get(key, key.replace("_", " "))
+            table.add_row(about, cell(value))
         out().print(table)
+    out().print(verdict(found))
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return f"{value:,}"
+    return escape("\n".join(value) if isinstance(value, list) else str(value))
+
+
+def verdict(plan: Mapping[str, Any]) -> str:
+    """How long it takes, whether it fits, and what to do.
+
+    >>> verdict({"minutes": 1.3, "memory_fits": True})
+    '1.3 minutes without check and evaluations; it fits in memory. Run it without --dry-run.'
+    """
+    parts = plan.get("stages") or [plan]
+    if "minutes" in plan:
+        said = [f"{plan['minutes']:,} minutes without check and evaluations"]
+    else:
+        said = ["No step was tried, so that its time is not known"]
+    fits = [part["memory_fits"] for part in parts if "memory_fits" in part]
+    advised = any(part.get("memory_advice") for part in parts)
+    if advised or not all(fits):
+        return f"{said[0]}; it may not fit in memory: see memory advice."
+    return f"{said[0]}{'; it fits in memory' if fits else ''}. Run it without --dry-run."

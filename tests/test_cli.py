@@ -297,3 +297,14 @@ def test_doctor_finds_this_machine_sound(run_cli):
     done = run_cli("doctor", "--json")
     assert done.returncode == 0, done.stdout
     assert json.loads(done.stdout)["sound"] is True
+
+
+@pytest.mark.parametrize(("ok", "said"), [(True, "is sound"), (False, "1 of 1 tests failed")])
+def test_doctor_ends_with_its_verdict_and_names_versions_in_words(capsys, ok, said):
+    from mlx_lora.show import print_doctor
+
+    test = {"name": "softmax", "ok": ok, "detail": "off by 1e-6", "action": ""}
+    versions = {"versions": {"mlx": "0.32.4", "numpy": "2.4.6"}}
+    print_doctor({"environment": versions, "tests": [test], "advice": []})
+    seen = capsys.readouterr().out
+    assert "mlx 0.32.4, numpy 2.4.6" in seen and said in seen.splitlines()[-1]

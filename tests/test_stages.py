@@ -261,7 +261,11 @@ def test_a_plan_covers_every_stage(capsys):
     assert warm["texts"] == 32 and rl["rollouts"] == 96
     assert found["minutes"] >= 0 and found["trainable_parameters"] == 97_280
     print_plan(found)
-    assert "stage 2" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stage 2" in said and "it fits in memory. Run it without --dry-run." in said
+    rl |= {"memory_fits": False, "memory_advice": ["a smaller group_size"]}
+    print_plan(found)
+    assert "it may not fit in memory" in " ".join(capsys.readouterr().out.split())
 
 
 SFT = """
