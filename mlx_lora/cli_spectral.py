@@ -72,6 +72,8 @@ def spectrum(
         from mlx_lora.spectral.show import table
 
         Console().print(table(report))
+        if out:
+            wrote(out, "spectrum.json", "its pictures" if plots else "")
 
 
 @app.command()
@@ -234,3 +236,9 @@ def side_by_side(
         from mlx_lora.report.compare_show import tables
 
         Console().print(tables(found))
+        if out:
+            wrote(out, "compare.json", "compare.png" if plots else "")
+
+
+def wrote(out: Path, *names: str) -> None:
+    typer.echo(f"Wrote {' and '.join(filter(None, names))} to {out}.")

@@ -135,3 +135,11 @@ def test_files_that_cannot_be_are_refused_before_any_work(narrow, tmp_path):
     assert isinstance(done.exception, ConfigError)
     with pytest.raises(RunError, match="cannot write"):
         ci_files.write(tmp_path / "gone" / "f", b"")
+
+
+def test_spectrum_says_what_it_wrote_and_how_to_learn_dominance(narrow, tmp_path):
+    done = CliRunner().invoke(
+        app, ["spectrum", str(narrow), "--out", str(tmp_path / "o"), "--no-plots"]
+    )
+    assert f"Wrote spectrum.json to {tmp_path / 'o'}." in done.stdout
+    assert "give --model" in done.stdout

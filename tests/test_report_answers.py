@@ -174,7 +174,7 @@ def test_alerts_on_the_adapter_stand_beside_what_it_gained(run, tmp_path):
 @pytest.mark.parametrize(
     ("suggested", "words"),
     [
-        (8, "A module uses nearly all of its rank: try rank 8"),
+        (8, "A module uses nearly all of its rank: try rank 8 if it learns too little"),
         (4, "Rank 4 holds what every module uses"),
         (None, ""),
     ],

@@ -359,6 +359,7 @@ def test_a_scale_of_zero_is_drawn_in_words(tmp_path):
     assert report.structural.scaled_max_dominance is None
     assert report.structural.adapter_health is None
     assert summary(report)[0] == "The adapter is switched off: its scale is 0."
+    assert summary(report)[-1].strip() == alert.action, "what to do stands below the alert"
     write(report, tmp_path)
 
 

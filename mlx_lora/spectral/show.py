@@ -67,12 +67,12 @@ def cell(report: LoRAReport, names: list[str]) -> str:
 
 
 def summary(report: LoRAReport) -> list[str]:
-    """What the table amounts to: the ranks used, the rank to take, each alert with its count."""
+    """What the table amounts to: ranks used, the rank to take, each alert and what to do."""
     lines = [f"The adapter {finding(report)}."]
     lines += [said] if (said := rank_to_take(report)) else []
     worst = report.structural.scaled_max_dominance
     if report.structural.scaled_per_layer_dominance is None:
-        lines.append("Dominance is not known without the base model.")
+        lines.append("Dominance is not known without the base: give --model.")
     elif worst:
         lines.append(f"Dominance at scale is at most {worst:.2g} of the base.")
     lines += [*lengths(report), *deeper(report.structural), *moved(report.dynamics)]
@@ -84,7 +84,7 @@ def summary(report: LoRAReport) -> list[str]:
     for name, some in by_name.items():
         where = f"{some[0].module}: " if some[0].module else ""
         more = f" (and {len(some) - 1} more)" if len(some) > 1 else ""
-        lines.append(f"! {name}: {where}{some[0].message}{more}")
+        lines += [f"! {name}: {where}{some[0].message}{more}", f"  {some[0].action}"]
     return lines
 
 
@@ -94,7 +94,8 @@ def rank_to_take(report: LoRAReport) -> str:
         return ""
     paid = max(m.nominal_rank for m in report.adapters.values())
     if report.suggested_rank > paid:
-        return f"A module uses nearly all of its rank: try rank {report.suggested_rank}."
+        more = f"try rank {report.suggested_rank} if it learns too little"
+        return f"A module uses nearly all of its rank: {more}."
     return f"Rank {report.suggested_rank} holds what every module uses."
 
 
@@ -121,6 +122,6 @@ def moved(d: LoRADynamicsMetrics | None) -> list[str]:
     if d is None or d.rank_utilization_trend is None:
         return []
     settled = d.steps_to_saturation
-    when = "has not settled" if settled is None else f"has settled at step {settled}"
+    when = "has not settled" if settled is None else f"settled at step {settled}"
     rank = "" if d.gradient_rank is None else f"; the gradient's rank is {d.gradient_rank:.1f}"
     return [f"Up to step {d.step} its use of rank is {d.rank_utilization_trend}, {when}{rank}."]
