@@ -38,6 +38,12 @@ def test_what_the_page_tells_to_write_is_accepted(text):
     assert not config.notices(experiment)
 
 
+@pytest.mark.parametrize("text", SNIPPETS)
+def test_no_whole_example_has_the_default_scale_with_its_high_rate(text):
+    experiment = config.from_text(text)
+    assert experiment.lora_parameters.scale == 2.0, "20 ruins the demo at these learning rates"
+
+
 def test_every_loss_has_a_row_with_its_clips():
     rows = table("Losses")
     assert rows.keys() == set(losses)
