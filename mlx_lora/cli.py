@@ -57,7 +57,10 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of adapter, rollouts and problems.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """The main job on the embedded model: quantize, attach, check, GRPO on Countdown, report."""
+    """The main job on the embedded model, from check to report.
+
+    Quantize, attach, check, GRPO on Countdown, evaluate, explain.
+    """
     from mlx_lora import config
 
     run_experiment(config.load(config.find("demo"), [f"seed={seed}"]), out, as_json)
@@ -213,9 +216,9 @@ def evaluate(
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy on held-out problems with its 95 % interval, greedy and sampled.
+    """Accuracy on held-out problems with its 95 % interval.
 
-    -o gives options of the task (-o path=test.jsonl); with a file, its keys, as in `train`.
+    Greedy, and sampled. -o gives options of the task (-o path=test.jsonl); with a file, its keys, as in `train`.
     """
     from mlx_lora.exam import evaluate_named, request
     from mlx_lora.progress import console
@@ -274,7 +277,7 @@ def list_tables(
     kind: Annotated[str | None, typer.Argument(help=" | ".join(KINDS))] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What there is: configs, inits, schedules, tasks, losses, metrics, alerts; one line each."""
+    """What there is, a line each: configs, inits, tasks, alerts."""
     from mlx_lora.listing import listing
     from mlx_lora.show import print_listing
 
@@ -287,7 +290,10 @@ def list_tables(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Is this machine sound: versions, device, memory, BLAS, batched row equals single row."""
+    """Is this machine sound: versions, memory, small tests.
+
+    Exit code 1 where one of them fails.
+    """
     from mlx_lora.doctor import examine
     from mlx_lora.show import print_doctor
 

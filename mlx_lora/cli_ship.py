@@ -33,7 +33,7 @@ def export(
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter in another format, and check what was written against what was trained."""
+    """Write an adapter in another format, read back and compared."""
     from mlx_lora.ship import export as exporting
 
     def write() -> Any:
@@ -52,7 +52,7 @@ def import_peft(
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a PEFT adapter as a folder for mlx-lm; with --model, checked."""
+    """Write a PEFT adapter as a folder for mlx-lm. With --model it is checked."""
     from mlx_lora.ship import export as exporting
 
     def write() -> Any:
@@ -99,9 +99,9 @@ def merge(
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """One adapter from several on one base, with the angles between them.
+    """One adapter from several on one base.
 
-    Exit code 1 where the check finds the merged adapter broken.
+    It says the angles between them. Exit code 1 where the check finds the merged adapter broken.
     """
     from mlx_lora.cli import print_json
     from mlx_lora.config import parse_options
@@ -156,7 +156,9 @@ def fuse(
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the base with the adapter in its weights; exit code 1 where that would lose it.
+    """Write the base with the adapter in its weights.
+
+    Exit code 1 where that would lose it.
 
     --plan says what would survive at 2 to 8 bits; --bits plan writes each layer at the fewest that
     keep it.
@@ -214,9 +216,10 @@ def repair(
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn intruder dimensions down, at the adapter's own rank; without any, write nothing.
+    """Turn down intruders: strong directions that the base lacks.
 
-    Exit code 1 where the check finds the repaired adapter broken.
+    The adapter keeps its rank; without intruders nothing is written. Exit code 1
+    where the check finds the repaired adapter broken.
     """
     from mlx_lora.cli import print_json
     from mlx_lora.ship import repair as repairing
@@ -288,7 +291,10 @@ def chat(
     seed: int = 0,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Talk to a model; switch between adapters and set their strength on the way."""
+    """Talk to a model, with adapters at any strength.
+
+    /help says how to switch between them.
+    """
     from mlx_lora.ship import talk
 
     opened = talk.opened(model, adapter or [], strength, trust_remote_code=trust_remote_code)

@@ -38,7 +38,9 @@ def spectrum(
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """What the adapter is: effective rank, conditioning, dominance over the base, alerts.
+    """What an adapter is: the rank it uses, its size, alerts.
+
+    Effective rank, conditioning, with --model dominance over the base.
 
     -o sets thresholds of alerts, -o dominance_warning.threshold=0.2, and how the looks of a run are
     summed up, -o dynamics.window=3.
@@ -135,7 +137,10 @@ def advise(
     option: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which ranks to train at, as YAML to paste: from the gradient, or from what was trained."""
+    """Which ranks to train at, as YAML to paste.
+
+    From the gradient before training, or from what was trained.
+    """
     from mlx_lora import advise as advising
     from mlx_lora.cli import print_json
     from mlx_lora.runlog import refuse_unwritable
@@ -164,7 +169,7 @@ def report(
     open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """One HTML page on a run: did it learn, is it harmless, which rank does it use, and why.
+    """One HTML page on a run: did it learn, is it harmless, and why.
 
     Also on what merge, fuse, repair, export, advise and spectrum --compare wrote.
     """

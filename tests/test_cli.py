@@ -286,7 +286,8 @@ def test_a_models_own_code_runs_only_where_it_is_trusted(words, run_here, tmp_pa
 
 def test_version_help_and_listings(run_cli):
     assert run_cli("--version").stdout.startswith("mlx-lora 0.")
-    assert "spectrum" in run_cli("--help").stdout
+    helped = run_cli("--help").stdout
+    assert "spectrum" in helped and "..." not in helped.partition("Commands:")[2], "cut off"
     listed = json.loads(run_cli("ls", "--json").stdout)
     assert {e["name"]: e["note"] for e in listed["inits"]}["zero"] == "harmless"
     assert all(listed[k] for k in ("tasks", "losses", "metrics", "alerts", "schedules", "gates"))
