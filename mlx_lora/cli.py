@@ -218,7 +218,8 @@ def evaluate(
 ) -> None:
     """Accuracy on held-out problems with its 95 % interval.
 
-    Greedy, and sampled. -o gives options of the task (-o path=test.jsonl); with a file, its keys, as in `train`.
+    Greedy, and sampled. -o gives options of the task (-o path=test.jsonl); with a file, its keys,
+    as in `train`.
     """
     from mlx_lora.exam import evaluate_named, request
     from mlx_lora.progress import console
