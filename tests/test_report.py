@@ -33,7 +33,7 @@ PAYLOADS = (
 )
 TAGS = "html head meta title link style body header h1 h2 h3 p nav ul li a main section div footer"
 TAGS += " details summary table thead tbody tr th td figure figcaption svg line text polyline path"
-TAGS += " circle rect i span strong dl dt dd pre"
+TAGS += " circle rect i span strong dl dt dd pre code"
 
 
 @pytest.fixture(scope="module")

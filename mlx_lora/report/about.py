@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from shlex import quote
 
 from mlx_lora.report.folder import CONFIG, Folder, Row, mapping, records, word
-from mlx_lora.report.markup import Html, joined, number, percent, shown, table, tag
+from mlx_lora.report.markup import Html, joined, number, percent, prose, shown, table, tag
 from mlx_lora.report.missing import Missing
 from mlx_lora.runlog import gathered, in_words
 from mlx_lora.spectral.metrics import LoRAReport
@@ -37,19 +37,19 @@ def alerts(run: Folder, report: LoRAReport | None, nevertheless: str) -> Html | 
     parts += [on_adapter(name, some) for name, some in by_name(report).items()]
     if parts:
         limits = f"Whether the model forgot anything else, that does not say: {command(run)}"
-        return joined(tag("p", f"{beside}. {limits}") if beside else None, parts)
+        return joined(tag("p", prose(f"{beside}. {limits}")) if beside else None, parts)
     if watched_at_all(run, report):
         return tag("p", "None: nothing that is watched went beyond its threshold.")
     return Missing("nothing was watched")
 
 
 def command(run: Folder) -> str:
-    """The check of a trained adapter, to paste where the folder says what it is on."""
+    """The check of a trained adapter, in backticks; to paste where its base is known."""
     model, path = word(run.config.get("model")), run.path.resolve()
     adapter = path / "adapters" if run.kind == "run" else path
     known = model and (adapter / "adapter_config.json").is_file()
     given = (quote(model), quote(str(adapter))) if known else ("MODEL", "DIR")
-    return f"mlx-lora check {given[0]} --adapter {given[1]}"
+    return f"`mlx-lora check {given[0]} --adapter {given[1]}`"
 
 
 def watched_at_all(run: Folder, report: LoRAReport | None) -> bool:
@@ -78,7 +78,7 @@ def box(when: str, alert: Row, stage: str = "", more: Html | None = None) -> Htm
         "div",
         tag("p", tag("strong", word(alert.get("name"))), f" ({place})"),
         tag("p", word(alert.get("message")), ".") if alert.get("message") else None,
-        tag("p", "What to do: ", word(alert.get("action"))),
+        tag("p", "What to do: ", prose(word(alert.get("action")))),
         more,
         class_=f"box {tone}",
     )

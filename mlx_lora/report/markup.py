@@ -61,6 +61,18 @@ def tag(name: str, /, *inside: Any, **attributes: Any) -> Html:
     return Html(f"<{name}{given}>{escaped(inside)}</{name}>")
 
 
+def prose(text: str) -> Html:
+    """A sentence, what stands between backticks as code.
+
+    >>> prose("Run `mlx-lora check` where 1 < 2.")
+    'Run <code>mlx-lora check</code> where 1 &lt; 2.'
+    """
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # one backtick has no partner
+        return joined(text)
+    return joined(*(tag("code", x) if i % 2 else x for i, x in enumerate(parts)))
+
+
 def joined(*parts: Any) -> Html:
     """Several pieces as one."""
     return Html(escaped(parts))

@@ -22,7 +22,7 @@ from mlx_lora.report import (
 )
 from mlx_lora.report.answers import Answer
 from mlx_lora.report.folder import KINDS, Folder, read
-from mlx_lora.report.markup import Html, tag
+from mlx_lora.report.markup import Html, prose, tag
 from mlx_lora.report.missing import Missing
 from mlx_lora.report.style import sheet
 from mlx_lora.runlog import atomically
@@ -176,7 +176,7 @@ def first(page: Page) -> Html | None:
             "div",
             tag("h3", QUESTIONS[name]),
             tag("p", answer.sentence, class_="big"),
-            tag("p", answer.detail, class_="quiet") if answer.detail else None,
+            tag("p", prose(answer.detail), class_="quiet") if answer.detail else None,
             class_=f"answer {answer.tone}",
         )
         for name, answer in page.answers.items()

@@ -86,6 +86,8 @@ table.heat tbody th{color:var(--quiet);text-align:right}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;overflow:hidden;contain:paint;
 font:.9rem/1.45 ui-monospace,Menlo,Consolas,monospace;margin:2px 0 8px;unicode-bidi:plaintext}
 pre.text{background:var(--page);border-radius:6px;padding:8px 10px;max-height:24em;overflow:auto}
+code{font:.92em ui-monospace,Menlo,Consolas,monospace;background:var(--page);border-radius:4px;
+padding:1px 3px}
 .sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:8px 28px}
 .problem{margin:14px 0;padding-top:8px;border-top:1px solid var(--rule)}
 .whose{margin:0;color:var(--quiet);font-size:.85rem}
