@@ -71,3 +71,14 @@ def test_the_trend_of_the_steps_comes_second_where_something_was_held_out(tmp_pa
 
 class Axes:
     def set_xlabel(self, text): ...
+
+
+@pytest.mark.parametrize(("length", "lines"), [(60, 1), (150, 2)])
+def test_a_long_headline_takes_two_legible_lines_above_the_panels(length, lines):
+    from mlx_lora.spectral.canvas import HEADLINE, LEGIBLE, blank
+
+    words = ("held out " * 40)[:length].strip()
+    (text,) = blank(8.6, 5.0, words).texts
+    assert len(text.get_text().splitlines()) == lines and text.get_text().split() == words.split()
+    assert text.get_fontsize() >= LEGIBLE
+    assert 0.12 + lines * 1.2 * text.get_fontsize() / 72 <= HEADLINE or lines == 1

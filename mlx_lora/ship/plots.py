@@ -144,8 +144,9 @@ def overlap_plot(pairs: Sequence[Mapping[str, Any]]) -> bytes:
             axes.scatter(values, [row] * len(values), s=18, color=USED, alpha=0.5)
             axes.scatter([pair[f"overlap_{side}"]], [row], s=180, color=WARNING, marker="|")
         axes.set(xlim=(-0.03, 1.03), ylim=(len(rows) - 0.5, -0.5))
-        names = [f"{pair['a']} and {pair['b']}, {side}" for pair, side in rows]
-        axes.set_yticks(range(len(rows)), [shortened(name) for name in names])
+        names = [[shortened(pair[which], 14) for which in "ab"] for pair, _ in rows]
+        labels = [f"{' and '.join(x)}, {side}" for x, (_, side) in zip(names, rows, strict=True)]
+        axes.set_yticks(range(len(rows)), labels)
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("mean squared cosine of the principal angles; 1: one space")
         return png(figure)

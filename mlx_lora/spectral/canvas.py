@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 110
-HEADLINE = 0.45  # inches at the top of a picture
+HEADLINE = 0.45  # inches at the top of a picture: two lines of the least legible size
+LEGIBLE = 9  # points, bold
 INK, QUIET, UNUSED, USED, WARNING = "#222222", "#6b6b6b", "#dcdcdc", "#2171b5", "#c2410c"
 COLOURS = (  # told apart by most colour-blind readers
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a4fb3", "#222222",
@@ -66,11 +68,15 @@ CARDS = {  # what a picture says where there is nothing to draw
 
 
 def blank(width: float, height: float, headline: str) -> "Figure":
-    """A figure with its finding on top."""
+    """A figure with its finding on top, in two lines where one would be too small to read."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
-    size = min(12, 72 * (width - 0.3) / (0.62 * len(headline)))  # a bold letter is 0.62 of its size
+    room = 72 * (width - 0.3) / 0.62  # a bold letter is 0.62 of its size
+    if room / len(headline) < LEGIBLE:
+        headline = textwrap.fill(headline, int(room / LEGIBLE), break_long_words=False)
+    size = min(12, room / max(map(len, headline.splitlines())))
+    size = size if "\n" not in headline else min(size, LEGIBLE)
     figure.text(0.15 / width, 1 - 0.12 / height, headline, va="top", size=size, weight="bold")
     return figure
 
