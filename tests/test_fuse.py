@@ -21,6 +21,7 @@ from mlx_lora.errors import AdapterError
 from mlx_lora.progress import console
 from mlx_lora.ship.fuse import Refused, fuse, unpacked
 from mlx_lora.ship.requantize import Survival, fused, own_forms, together, update_of
+from mlx_lora.ship.show import print_fused
 from tests.test_ship import adapter
 from tests.tiny import IDS, tiny_loaded
 
@@ -76,6 +77,15 @@ def test_the_command_exits_with_1_and_one_document(faint, tmp_path):
     done = CliRunner().invoke(app, ["fuse", str(faint), *options])
     assert done.exit_code == 1
     assert not json.loads(done.stdout)["written"]
+
+
+def test_what_was_written_is_named_with_its_page(capsys):
+    found = {"layers": [], "kept": 1.0, "noise": 0.1, "check": None, "notices": [], "reasons": []}
+    found |= {"written": True, "out": "my model"}
+    print_fused(found)
+    assert "mlx-lora report 'my model' --open" in capsys.readouterr().out
+    print_fused(found | {"written": False})
+    assert "mlx-lora report" not in capsys.readouterr().out
 
 
 def test_strength_goes_into_the_weights(loud, tmp_path):

@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich import box
@@ -38,6 +39,11 @@ def print_shipped(found: Mapping[str, Any]) -> None:
         say(f"  {name}")
     print_check(found["check"])
     print_notices(found["notices"])
+    print_page(found["out"])
+
+
+def print_page(folder: Any) -> None:
+    say(f"On one page: mlx-lora report {quote(str(folder))} --open")
 
 
 def print_check(check: Mapping[str, Any] | None, sides: str = "trained against shipped") -> None:
@@ -76,6 +82,7 @@ def print_fused(found: Mapping[str, Any]) -> None:
         say(f"{'Forced' if found['written'] else 'Refused'}: {reason}.")
     if found["written"]:
         say(f"Written to {found['out']}.")
+        print_page(found["out"])
     else:
         say("Nothing was written. --bits plan stores each layer at as many bits as its update "
             "needs (--plan shows them), --dequantize all of it unquantized; --force writes it as "
@@ -116,6 +123,8 @@ def print_plan(found: Mapping[str, Any], folder: Path | None) -> None:
     print_notices(found["notices"])
     say(f"Written to {folder}." if folder else "--out keeps this as files.")
     say("`--bits plan` in place of --plan writes the model.")
+    if folder:
+        print_page(folder)
 
 
 def totals(row: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -148,8 +157,11 @@ def print_repaired(found: Mapping[str, Any]) -> None:
     )  # fmt: skip
     print_check(found["check"], "as it was against repaired")
     print_notices(found["notices"])
-    say(f"Written to {found['out']}." if found["out"] else "Nothing was written: it is no longer "
-        "sound. A larger --lambda changes less.")  # fmt: skip
+    if found["out"]:
+        say(f"Written to {found['out']}.")
+        print_page(found["out"])
+    else:
+        say("Nothing was written: it is no longer sound. A larger --lambda changes less.")
 
 
 def print_merged(found: Mapping[str, Any]) -> None:
@@ -162,7 +174,9 @@ def print_merged(found: Mapping[str, Any]) -> None:
         )  # fmt: skip
     print_check(found["check"], "base against merged")
     print_notices(found["notices"])
-    if not found["out"]:
+    if found["out"]:
+        print_page(found["out"])
+    else:
         say("Nothing was written: it is not sound. Smaller --weights change less.")
 
 
