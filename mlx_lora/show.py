@@ -155,11 +155,11 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
     if result["accuracy"] is None:
         console.print(f"{result['task']}: mean reward {result['reward_mean']:.4g} {about}, greedy")
     else:
-        console.print(f"{result['task']}: {interval(result, 'accuracy')} {about},")
         passed = {k: v for k, v in result["pass_at"].items() if k != "1"}
         more = "".join(f", pass@{k} {v:.1%}" for k, v in passed.items())
         sampled = f"{result['accuracy_sampled']:.1%}{more}"
-        console.print(f"greedy; sampled at temperature 1: {sampled}")
+        greedy = f"{interval(result, 'accuracy')} {about}, greedy"
+        console.print(f"{result['task']}: {greedy}; sampled at temperature 1: {sampled}")
     table = Table(box=box.SIMPLE, show_header=False)
     for reason, count in result["reasons"].items():
         table.add_row(escape(reason), str(count))
