@@ -56,8 +56,10 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         console.print(f"{summary['seconds']:.0f} s. Also in {folder}.", markup=False)
         return
     before, after = (Share.of(summary, f"accuracy_{when}") for when in ("before", "after"))
+    worse = False
     if before and after:
         found = gained(before, after)
+        worse = found.verdict == "worse"
         console.print(f"{found.sentence}. {found.detail}.")
     alerts = ", ".join(summary["alerts"]) or "none"
     modules = ", ".join(f"{name} in {n}" for name, n in summary["adapter_alerts"].items())
@@ -67,7 +69,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     )
     if summary["alerts"] or modules:
         console.print("What each alert asks for is in report.html.")
-    print_next(summary, folder)
+    print_next(summary, folder, ship=not worse)
 
 
 def print_contents(folder: Path, seconds: float) -> None:
@@ -100,14 +102,14 @@ def print_contents(folder: Path, seconds: float) -> None:
             console.print(f"  {name:22}{text}")
 
 
-def print_next(summary: Mapping[str, Any], folder: Path) -> None:
-    """Commands to go on with: prove the adapter, ship it, use it."""
+def print_next(summary: Mapping[str, Any], folder: Path, *, ship: bool) -> None:
+    """Commands to go on with: prove the adapter, ship it unless it got worse, use it."""
     base, adapter, gguf = (quote(str(folder / name)) for name in ("base", "adapters", "gguf"))
     model = quote(recorded(folder / "adapters").get("model", "MODEL"))
     commands = {"Did it change the model, and is that sound": (
         f"mlx-lora check {model} --adapter {adapter} --expect changed"
     )}  # fmt: skip
-    if not (folder / "splines.png").exists():  # of splines only we know
+    if ship and not (folder / "splines.png").exists():  # of splines only we know
         commands["Write it for llama.cpp"] = f"mlx-lora export {adapter} --to gguf --out {gguf}"
         if (folder / "base").exists():
             prompt = PROMPTS.get(summary.get("task") or "", "...")

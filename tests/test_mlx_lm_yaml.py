@@ -249,6 +249,9 @@ def test_a_run_ends_with_whether_it_learned_and_where_its_alerts_are(tmp_path, c
     assert f"{said}" in seen and "from 37.0% to" in seen
     assert "dominance_critical in 9" in seen and "report.html" in seen
     assert f"mlx-lora export {tmp_path}/adapters" in seen
+    print_summary(about | accuracy_of("before", 0.37) | accuracy_of("after", 0.1))
+    seen = capsys.readouterr().out
+    assert "It got worse" in seen and "mlx-lora check" in seen and "mlx-lora export" not in seen
 
 
 def test_a_task_of_rewards_shows_their_means_where_nothing_is_right_or_wrong(tmp_path, capsys):

@@ -32,7 +32,7 @@ def reward_collapsed(history: History, *, window: int = 5, share: float = 0.5) -
     if now is None or top < 0.05 or now >= share * top:
         return None
     message = f"the reward's mean over {window} steps fell from {top:.2f} to {now:.2f}"
-    action = "Lower the learning rate, or raise beta; the best adapter was earlier in the run."
+    action = "Lower the learning rate or the scale, or raise beta; earlier adapters were better."
     return Finding("reward_collapsed", "", message, action)
 
 
