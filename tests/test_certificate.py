@@ -267,6 +267,11 @@ BAD_OPTIONS = [
     ({"out": Path("x")}, "drop it here"),
     ({"certify": True, "adapter": Path("x"), "out": Path("y")}, "drop it here"),
     ({"certify": True, "out": Path(__file__).parent}, "not an empty folder"),
+    ({"certify": True, "out": Path("x"), "against": "demo"}, "leave --against out"),
+    ({"certify": True, "adapter": Path("x"), "against": "demo"}, "leave --against out"),
+    ({"verify": True, "adapter": Path("x"), "against": "demo"}, "leave --against out"),
+    ({"certify": True, "adapter": Path(__file__)}, "give the folder that holds both"),
+    ({"certify": True, "adapter": Path(__file__).parent}, "give the folder that holds both"),
 ]
 
 

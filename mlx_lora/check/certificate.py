@@ -228,12 +228,25 @@ def leaves(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, An
 
 
 def foresee(
-    adapter: Path | None, expect: str | None, *, certify: bool, verify: bool, out: Path | None
+    adapter: Path | None,
+    expect: str | None,
+    *,
+    certify: bool,
+    verify: bool,
+    out: Path | None,
+    against: str | None = None,
 ) -> str | None:
     """The expectation, once the options have been judged. ConfigError before a model is loaded."""
     problems = []
     if certify and verify:
         problems.append("--certify writes a certificate and --verify reads one: give one of them")
+    if (certify or verify) and against is not None:
+        problems.append("a certificate is about an adapter and its own base: leave --against out")
+    if certify and adapter is not None and adapter.exists() and not holds_ours(adapter):
+        problems.append(
+            f"--certify writes beside {files.WEIGHTS} and {files.CONFIG}: give the folder that "
+            f"holds both, not {adapter} (`mlx-lora import` makes one of PEFT's)"
+        )
     if (certify or verify) and expect not in (None, "same"):
         problems.append(f"a certificate is about --expect same, not {expect}")
     if verify and adapter is None:
@@ -247,6 +260,11 @@ def foresee(
     if problems:
         raise ConfigError("\n".join(problems))
     return "same" if certify or verify else expect
+
+
+def holds_ours(folder: Path) -> bool:
+    """Whether a certificate can stand here: what PEFT wrote, and lone files, have other names."""
+    return all((folder / name).is_file() for name in (files.WEIGHTS, files.CONFIG))
 
 
 def certify(loaded: Loaded, report: Report, adapter: Path | None, out: Path | None) -> Report:

@@ -147,7 +147,9 @@ def check_named(
     refuse_strength(asked.strength, adapted=adapter is not None)
     if asked.strength != 1 and (certify or verify):
         raise ConfigError("a certificate is of the adapter as it was trained: leave --strength out")
-    expect = certificate.foresee(adapter, asked.expect, certify=certify, verify=verify, out=out)
+    expect = certificate.foresee(
+        adapter, asked.expect, certify=certify, verify=verify, out=out, against=asked.against
+    )
     recorded = certificate.read(adapter) if adapter and verify else None
     quantize = asked.quantize or (certificate.quantization(recorded) if recorded else None)
     loaded = asked.load(asked.model, adapter, quantize)
