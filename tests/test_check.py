@@ -180,6 +180,13 @@ SPEAK = [  # gate, measured, expectation, verdict
     ("writing", replace(CHANGED, empty_adapted=0.6), "healthy", "fail"),
     ("writing", replace(CHANGED, distinct_adapted=0.4), "healthy", "warn"),
     ("writing", replace(CHANGED, distinct_adapted=0.1), "healthy", "fail"),
+    ("writing", replace(CHANGED, sample_nll_adapted=3.1, distinct_adapted=0.4), "healthy", "fail"),
+    (
+        "writing",
+        replace(CHANGED, sample_nll_adapted=float("nan"), distinct_adapted=0.4),
+        "healthy",
+        "fail",
+    ),
 ]
 
 

@@ -243,7 +243,7 @@ def writing(
     verdict = graded(excess, warn, fail)
     if m.empty_adapted > empty:
         verdict, text = "fail", f"{m.empty_adapted:.0%} of the samples are empty"
-    elif m.distinct_adapted < repetitive_warn * m.distinct_base:
+    elif verdict != "fail" and m.distinct_adapted < repetitive_warn * m.distinct_base:
         verdict = "fail" if m.distinct_adapted < repetitive_fail * m.distinct_base else "warn"
         text = (
             f"samples repeat themselves: {m.distinct_adapted:.0%} distinct bigrams, "
