@@ -11,7 +11,7 @@ import pytest
 
 from mlx_lora import models
 from mlx_lora.adapter import files
-from mlx_lora.adapter.attach import attach, lora_layers
+from mlx_lora.adapter.attach import attach, forget_base, lora_layers
 from mlx_lora.check import gate, layers
 from mlx_lora.check.adapters import largest_update, moves_outputs
 from mlx_lora.check.gates import gates
@@ -191,6 +191,30 @@ def test_the_size_of_an_update_is_exact_over_the_estimated_weight():
     name, size = largest_update(lora_layers(model))
     assert name == max(sizes, key=lambda n: sizes[n])
     assert size == pytest.approx(sizes[name], rel=0.1)
+
+
+def test_principal_components_taken_out_of_the_base_are_no_update(tmp_path):
+    """PiSSA at full rank puts all of a weight into BA: sound, and little moves."""
+    loaded = models.load("demo")
+    attach(loaded, init="pissa", rank=64, keys=["k_proj", "v_proj"])
+    fitted, sizes = lora_layers(loaded.model), {}
+    for name, layer in fitted.items():
+        was = np.array(models.dense_weight(layer.__dict__["_base"]))
+        update = float(layer.scale) * (np.array(layer.lora_a) @ np.array(layer.lora_b)).T
+        change = np.array(models.dense_weight(layer.linear)) + update - was
+        sizes[name] = np.linalg.norm(change) / np.linalg.norm(was)
+    name, size = largest_update(fitted)
+    assert size == pytest.approx(sizes[name], rel=0.1) and size < 0.1
+    fitted[name].lora_b = fitted[name].lora_b * 3
+    assert largest_update(fitted)[1] > 1
+    config = {"init": {"name": "pissa"}, "lora_parameters": {"rank": 64, "scale": 2.0}}
+    config["lora_parameters"] |= {"keys": ["self_attn.k_proj", "self_attn.v_proj"]}
+    files.save(loaded.model, config, tmp_path / "a")
+    forget_base(loaded.model)
+    assert largest_update(fitted) == ("", None)
+    again = models.load("demo")
+    files.load(again.model, tmp_path / "a")
+    assert largest_update(lora_layers(again.model)) == ("", None)
 
 
 def test_drift_is_zero_for_a_harmless_start_and_begins_at_the_block_that_was_touched():

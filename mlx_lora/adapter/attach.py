@@ -301,7 +301,14 @@ def rebase(layer: Any, linear: nn.Module) -> None:
 def forget_base(model: nn.Module) -> None:
     """Let go of the base that an init replaced: from here on `switched_off` is the new one."""
     for layer in lora_layers(model).values():
-        layer.__dict__.pop("_base", None)
+        if layer.__dict__.pop("_base", None) is not None:
+            layer.__dict__["_remainder"] = True
+
+
+def on_remainder(model: nn.Module) -> None:
+    """Note that an init took BA out of the frozen weights: it is a part of them, not a change."""
+    for layer in lora_layers(model).values():
+        layer.__dict__["_remainder"] = True
 
 
 def assert_no_update(model: nn.Module) -> None:

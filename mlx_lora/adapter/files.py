@@ -11,7 +11,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_lora import cpu
-from mlx_lora.adapter.attach import FACTORS, expand_keys, heads_in, lora_layers, to_lora_layers
+from mlx_lora.adapter.attach import (
+    FACTORS,
+    expand_keys,
+    heads_in,
+    lora_layers,
+    on_remainder,
+    to_lora_layers,
+)
+from mlx_lora.adapter.inits import is_rebased
 from mlx_lora.adapter.spline import refuse_unsound
 from mlx_lora.adapter.tensors import CONFIG, WEIGHTS, digest, folder_of, padded, read, unpadded
 from mlx_lora.errors import AdapterError, near
@@ -102,6 +110,8 @@ def put(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, mx.ar
     for name, value in unpadded(config, tensors).items():
         module, _, factor = name.rpartition(".")
         layers[module][factor] = mx.contiguous(value)  # one layout, or sums take another order
+    if is_rebased(config):
+        on_remainder(model)
 
 
 def mismatches(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

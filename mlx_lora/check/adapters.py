@@ -17,15 +17,19 @@ PROBE_TOKENS = 64
 
 
 def largest_update(layers: Mapping[str, Any]) -> tuple[str, float | None]:
-    """The module whose update is largest against its weight, and ‖scale·BA‖_F / ‖W‖_F there.
+    """The module whose weight changes most, and ‖change‖_F / ‖W‖_F there.
 
-    The update's norm is exact, from two R×R Gram matrices; the weight's is estimated from some of
-    its rows.
+    The change is scale·BA, its norm exact, from two R×R Gram matrices; the weight's is estimated
+    from some of its rows. Where an init put other weights under the adapter it is what both make of
+    the base's; where that base is gone, there is none to tell.
     """
     sizes: dict[str, mx.array] = {}
     for name, layer in layers.items():
-        if layer.lora_a.ndim != 2 or "linear" not in layer:
+        if layer.lora_a.ndim != 2 or "linear" not in layer or "_remainder" in layer.__dict__:
             continue  # experts and embeddings
+        if (base := layer.__dict__.get("_base")) is not None:
+            sizes[name] = rebased_change(layer, base)
+            continue
         a_IR, b_RO = layer.lora_a.astype(mx.float32), layer.lora_b.astype(mx.float32)
         squared = mx.sum((a_IR.T @ a_IR) * (b_RO @ b_RO.T))
         sizes[name] = mx.sqrt(mx.maximum(squared, 0)) * abs(float(layer.scale)) / norm(layer.linear)
@@ -36,12 +40,26 @@ def largest_update(layers: Mapping[str, Any]) -> tuple[str, float | None]:
     return list(sizes)[worst], values[worst]
 
 
+def rebased_change(layer: Any, base: Any) -> mx.array:
+    """‖W' + scale·BA - W‖_F / ‖W‖_F with W the base's weight and W' that which replaced it."""
+    pick = spread_rows(base)
+    update_OI = float(layer.scale) * (layer.lora_a @ layer.lora_b[:, pick]).T.astype(mx.float32)
+    w_OI = dense_weight(base, pick)
+    change_OI = dense_weight(layer.linear, pick) + update_OI - w_OI
+    return mx.linalg.norm(change_OI) / (mx.linalg.norm(w_OI) + 1e-30)
+
+
+def spread_rows(linear: Any) -> mx.array:
+    """Indices of some rows of a weight, evenly spread."""
+    rows = linear.weight.shape[0]
+    return mx.array([i * rows // min(ROWS, rows) for i in range(min(ROWS, rows))])
+
+
 def norm(linear: Any) -> mx.array:
     """‖W‖_F of a frozen layer, estimated from evenly spread rows."""
-    rows = linear.weight.shape[0]
-    pick = mx.array([i * rows // min(ROWS, rows) for i in range(min(ROWS, rows))])
+    pick = spread_rows(linear)
     part = dense_weight(linear, pick)
-    return mx.sqrt(mx.square(part).sum() * (rows / len(pick))) + 1e-30
+    return mx.sqrt(mx.square(part).sum() * (linear.weight.shape[0] / len(pick))) + 1e-30
 
 
 def dropout_of(layers: Mapping[str, Any]) -> float:
