@@ -131,6 +131,7 @@ SPEAK = [  # gate, measured, expectation, verdict
     ("structure", replace(GOOD, base_recorded=True), "same", "pass"),
     ("structure", replace(GOOD, base_recorded=False), "healthy", "fail"),
     ("structure", replace(GOOD, zeroed=["q"]), "healthy", "warn"),
+    ("structure", replace(GOOD, zeroed=["q"]), "same", "pass"),
     ("structure", replace(GOOD, file_intact=True), "healthy", "pass"),
     ("structure", replace(GOOD, file_intact=False), "healthy", "warn"),
     ("identity", GOOD, "same", "pass"),
@@ -194,6 +195,13 @@ SPEAK = [  # gate, measured, expectation, verdict
 def test_every_gate_speaks_at_its_boundary(name, measured, expect, verdict):
     init = "zero" if expect == "same" else None
     assert gates[name](measured, expect, init).verdict == verdict
+
+
+def test_a_start_that_leaves_embeddings_at_zero_passes():
+    lora = {"keys": ["q_proj", "embed_tokens"]}
+    report = gate.check(models.load("demo"), init="split_support", lora=lora)
+    assert report.measured.zeroed == ["model.embed_tokens"]
+    assert report.verdict == "pass", report.reasons
 
 
 def test_an_update_that_is_lost_in_rounding_is_no_harmless_start():

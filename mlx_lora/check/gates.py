@@ -67,7 +67,7 @@ def structure(m: Measured, expect: str, init: str | None) -> Gate:
     if m.file_intact is False:
         text = "the factors are not those that were saved with this adapter_config.json"
         return Gate("structure", "warn", None, text)
-    if m.zeroed:
+    if m.zeroed and init is None:  # a start leaves experts and embeddings at B = 0
         shown = ", ".join(m.zeroed[:3])
         text = f"{len(m.zeroed)} modules have B = 0 while others have learned: {shown}"
         return Gate("structure", "warn", len(m.zeroed), text)
