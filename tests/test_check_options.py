@@ -70,7 +70,26 @@ def test_check_on_a_file_reads_the_block_and_the_command_line_goes_first(tmp_pat
     assert asked.limits == {"size": {"warn": 9.0}, "reading": {"fail": 8.0}}
     asked = request(str(path), **NOTHING, limit=["size.warn=2"], expect="same")
     assert asked.expect == "same" and asked.limits["size"] == {"warn": 2}
-    assert of_experiment(str(path), asked).samples == 3
+    assert of_experiment(str(path), asked, None).samples == 3
+
+
+def test_nothing_on_the_command_line_is_passed_over(tmp_path):
+    """What only a fresh adapter takes is an error beside a file, an adapter and another model."""
+    path = tmp_path / "e.yaml"
+    path.write_text(SMALL + "seed: 5\n")
+    fresh = [{"lora": {key: 2}} for key in ("rank", "scale", "keys")]
+    for given in (*fresh, {"adapter2": tmp_path}):
+        with pytest.raises(ConfigError, match="everything comes from it"):
+            request(str(path), **NOTHING | given)
+    for given in fresh:
+        with pytest.raises(ConfigError, match="brings its own"):
+            request("demo", **NOTHING | given | {"adapter": tmp_path})
+        with pytest.raises(ConfigError, match="as they are"):
+            request("demo", **NOTHING | given | {"against": "demo"})
+    asked = request("demo", **NOTHING | {"lora": {"rank": 2, "scale": None}})
+    assert asked.lora == {"rank": 2} and asked.seed == 0
+    assert request(str(path), **NOTHING).seed == 5
+    assert request(str(path), **NOTHING, seed=0).seed == 0
 
 
 def test_gates_and_thresholds_that_do_not_exist_are_listed_together():

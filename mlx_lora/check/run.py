@@ -18,6 +18,8 @@ from mlx_lora.check.sides import Side
 from mlx_lora.errors import ConfigError
 from mlx_lora.spectral import ci_files
 
+FRESH = "-o, --init, --keys, --rank, --scale"  # what only a fresh adapter takes
+
 
 @dataclass(frozen=True)
 class Request:
@@ -57,9 +59,14 @@ def request(
     lora: Mapping[str, Any],
     bits: int | None,
     limit: Sequence[str] = (),
+    seed: int | None = None,
     **rest: Any,
 ) -> Request:
-    """The request behind a command line. ConfigError for options that exclude each other."""
+    """The request behind a command line, where None stands for what was not given.
+
+    ConfigError for options that exclude each other.
+    """
+    lora = {key: value for key, value in lora.items() if value is not None}
     found = Request(
         name,
         adapter,
@@ -68,32 +75,33 @@ def request(
         lora,
         {"bits": bits, "group_size": 64, "mode": "affine"} if bits else None,
         limits=parse_limits(limit),
+        seed=seed or 0,
         **rest,
     )
-    fresh = bool(found.options) or init != "zero" or lora.get("keys") is not None
+    fresh = bool(found.options) or init != "zero" or bool(lora)
     if name.endswith((".yaml", ".yml")):
-        if fresh or adapter or bits or found.against:
+        if fresh or adapter or bits or found.against or found.adapter2:
             raise ConfigError(
                 "with an experiment file everything comes from it",
-                f"Drop -o, --init, --keys, --adapter, --against and --bits, or edit {name}.",
+                f"Drop {FRESH}, --adapter, --against, --adapter2 and --bits, or edit {name}.",
             )
-        return of_experiment(name, found)
+        return of_experiment(name, found, seed)
     if adapter and fresh:
         raise ConfigError(
-            "an adapter from disk brings its own start, keys and rank",
-            "Drop --init, -o and --keys, or drop --adapter to check a fresh one.",
+            "an adapter from disk brings its own start, keys, rank and scale",
+            f"Drop {FRESH}, or drop --adapter to check a fresh one.",
         )
     if found.against and fresh:
         raise ConfigError(
             "--against compares two models as they are, with --adapter and --adapter2 if given",
-            "Drop --init, -o and --keys.",
+            f"Drop {FRESH}.",
         )
     if found.adapter2 and not found.against:
         raise ConfigError("--adapter2 belongs to the model of --against, which is not given")
     return found
 
 
-def of_experiment(name: str, given: Request) -> Request:
+def of_experiment(name: str, given: Request, seed: int | None) -> Request:
     """The request that an experiment file makes; what the command line gives goes first."""
     from mlx_lora import config
 
@@ -106,7 +114,7 @@ def of_experiment(name: str, given: Request) -> Request:
         model=e.model,
         init=e.init.name,
         options=dict(e.init.options),
-        seed=e.seed,
+        seed=e.seed if seed is None else seed,
         trust_remote_code=given.trust_remote_code or e.trust_remote_code,
         expect=given.expect or own.expect,
         prompts=given.prompts or (Path(own.prompts) if own.prompts else None),
