@@ -215,6 +215,24 @@ def test_svd_of_a_fine_tuned_model_finds_its_change(full, tmp_path):
     assert abs(a @ v) / np.linalg.norm(v) == pytest.approx(1, abs=1e-5)
 
 
+def test_svd_does_not_guess_what_the_base_was(full, trained, tmp_path):
+    """Against packed weights the change would be the rounding; DoRA's is not BA alone."""
+    tuned = {"reference": str(full)}
+    for more in ({}, {"full_precision": str(trained)}):
+        with pytest.raises((AdapterError, ModelError), match="full_precision|not known|config"):
+            attach(tiny_loaded(bits=4), init="svd", init_options=tuned | more, rank=2)
+    with pytest.raises(AdapterError, match="Leave full_precision out|says by itself"):
+        settings = {"reference": str(trained), "full_precision": str(full)}
+        attach(tiny_loaded(bits=4), init="svd", init_options=settings, rank=2)
+    with pytest.raises(AdapterError, match="divides by the scale"):
+        settings = {"reference": str(trained), "keep_delta": True}
+        attach(tiny_loaded(), init="svd", init_options=settings, rank=2, scale=0.0)
+    model = tiny()
+    files.save(model, attach(model, rank=4, dora=True), tmp_path)
+    with pytest.raises(AdapterError, match="a dora adapter"):
+        attach(tiny(), init="svd", init_options={"reference": str(tmp_path)}, rank=2)
+
+
 def test_activations_are_the_principal_directions_of_the_inputs():
     loaded = tiny_loaded(bits=4)
     config = attach(loaded, init="activations", rank=4, rows=ROWS)

@@ -28,8 +28,11 @@ def svd(
 
     `reference` is an adapter folder or a fine-tuned model; its change at each site is split by SVD.
     With `keep_delta` the start is the change's best approximation at this rank, and the energy it
-    captures is reported. Layers the reference does not touch start at `zero`.
+    captures is reported. Layers the reference does not touch start at `zero`. `full_precision` is
+    the model that both were made from, where this one is quantized and the reference a model.
     """
+    if keep_delta and not all(site.scale for site in scene.sites):
+        raise AdapterError("svd with keep_delta divides by the scale, which is 0")
     change_of = reference_changes(scene, reference, full_precision)
     factors, energy, kept, used = {}, 0.0, 0.0, 0
     for site in scene.sites:
@@ -60,12 +63,16 @@ def reference_changes(scene: Scene, reference: str, full: str | None) -> Any:
     """site -> (U, s, V, ‖change‖²), or None where there is no change."""
     folder = Path(reference).expanduser()
     if (folder / CONFIG).is_file():
+        if full is not None:
+            raise AdapterError(
+                f"full_precision is read where the reference is a model, and {reference} is an "
+                "adapter: it says by itself what it changes",
+                "Leave full_precision out.",
+            )
         return adapter_changes(scene, folder)
     weight_of = full_precision(scene, reference, "svd")
-    try:
-        base_of = full_precision(scene, full, "svd")
-    except AdapterError:
-        base_of = dequantized
+    packed = any("scales" in site.linear for site in scene.sites)
+    base_of = full_precision(scene, full, "svd") if full or packed else dequantized
 
     def change(site: Site) -> Any:
         delta_OI = weight_of(site) - base_of(site)
@@ -83,7 +90,12 @@ def dequantized(site: Site) -> np.ndarray:
 def adapter_changes(scene: Scene, folder: Path) -> Any:
     """The same from an adapter folder. AdapterError lists every layer that it does not fit."""
     config, tensors = read(folder)
-    scale = config["lora_parameters"]["scale"]
+    kind, scale = config.get("fine_tune_type", "lora"), config["lora_parameters"]["scale"]
+    if kind != "lora":
+        raise AdapterError(
+            f"{folder} is a {kind} adapter, which changes more than BA says",
+            "Give one of plain LoRA, or a fine-tuned model, like what `mlx-lora fuse` makes of it.",
+        )
     problems = []
     for site in scene.sites:
         a, b = (tensors.get(f"{site.name}.{f}") for f in ("lora_a", "lora_b"))
