@@ -219,9 +219,9 @@ def test_svd_does_not_guess_what_the_base_was(full, trained, tmp_path):
     """Against packed weights the change would be the rounding; DoRA's is not BA alone."""
     tuned = {"reference": str(full)}
     for more in ({}, {"full_precision": str(trained)}):
-        with pytest.raises((AdapterError, ModelError), match="full_precision|not known|config"):
+        with pytest.raises((AdapterError, ModelError), match=r"full_precision|not known|config"):
             attach(tiny_loaded(bits=4), init="svd", init_options=tuned | more, rank=2)
-    with pytest.raises(AdapterError, match="Leave full_precision out|says by itself"):
+    with pytest.raises(AdapterError, match=r"Leave full_precision out|says by itself"):
         settings = {"reference": str(trained), "full_precision": str(full)}
         attach(tiny_loaded(bits=4), init="svd", init_options=settings, rank=2)
     with pytest.raises(AdapterError, match="divides by the scale"):
