@@ -89,6 +89,20 @@ def test_short_keys_and_layer_counts():
     assert attach(tiny(), num_layers=99)["num_layers"] == 2
 
 
+def test_keys_of_blocks_that_are_not_adapted_are_named():
+    """As in a mixture of experts whose first block alone is dense."""
+    for keys in (["gate_proj"], ["q_proj", "gate_proj"]):
+        with pytest.raises(AdapterError, match="no layer of .*gate_proj lies in the last 1 blocks"):
+            attach(tiny_without_gate(), keys=keys, num_layers=1)
+    attach(tiny_without_gate(), keys=["q_proj", "gate_proj"], num_layers=2)
+
+
+def tiny_without_gate():
+    model = tiny()
+    del model.model.layers[1].mlp["gate_proj"]
+    return model
+
+
 def test_keys_that_match_nothing_are_named_with_near_matches():
     with pytest.raises(AdapterError) as caught:
         expand_keys(tiny(), ["q_prj", "k_proj", "mlp.up_pro"])

@@ -24,7 +24,7 @@ from mlx_lora.adapter.spline import to_spline
 from mlx_lora.adapter.spline_math import Curve
 from mlx_lora.adapter.tensors import CONFIG, read
 from mlx_lora.data import Row
-from mlx_lora.errors import AdapterError, near
+from mlx_lora.errors import AdapterError, few, near
 from mlx_lora.models import Loaded
 from mlx_lora.registry import options as options_of
 from mlx_lora.tasks import load_task
@@ -84,6 +84,7 @@ def attach(
         model, keys, num_layers, shape, rank_pattern=rank_pattern, dora=dora, curve=curve
     )
     layers = lora_layers(model)
+    refuse_idle(keys or (), list(layers), settings["num_layers"])
     sites = [site_of(n, m, ranks[n]) for n, m in layers.items() if isinstance(m, PLACED)]
     refuse_ranks(ranks, sites, {n for n in ranks if keys is not None or ranks[n] != rank})
     cpu.follow(model)
@@ -113,6 +114,8 @@ def add_layers(
     parameters |= {"type": "spline", **asdict(curve)} if curve else {}
     model.freeze()
     ranks = to_layers_of_ranks(model, num_layers, parameters, rank_pattern, dora=dora)
+    if not ranks:
+        refuse_idle(found, [], num_layers)
     parameters["rank"] = max(ranks.values())
     for layer in lora_layers(model).values():
         layer.lora_b = mx.zeros_like(layer.lora_b)  # whatever mlx-lm does by default
@@ -273,6 +276,17 @@ def expand_keys(model: nn.Module, keys: Sequence[str] | None) -> list[str]:
     if problems or not found:
         raise AdapterError("\n".join(problems) or "no keys given: nothing would be trained")
     return sorted(found)
+
+
+def refuse_idle(keys: Sequence[str], adapted: Sequence[str], num_layers: int) -> None:
+    """AdapterError for keys whose layers lie in blocks that are not adapted, all at once."""
+    idle = [k for k in keys if not any(n == k or n.endswith(f".{k}") for n in adapted)]
+    if idle:
+        raise AdapterError(
+            f"no layer of {few(idle)} lies in the last {num_layers} blocks, which are "
+            "those to adapt",
+            "Raise num_layers (-1 is all blocks), or leave these keys out.",
+        )
 
 
 def site_of(name: str, layer: Any, rank: int) -> Site:
