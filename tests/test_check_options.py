@@ -70,7 +70,7 @@ def test_check_on_a_file_reads_the_block_and_the_command_line_goes_first(tmp_pat
     assert asked.limits == {"size": {"warn": 9.0}, "reading": {"fail": 8.0}}
     asked = request(str(path), **NOTHING, limit=["size.warn=2"], expect="same")
     assert asked.expect == "same" and asked.limits["size"] == {"warn": 2}
-    assert of_experiment(str(path), asked, None).samples == 3
+    assert of_experiment(str(path), asked).samples == 3
 
 
 def test_nothing_on_the_command_line_is_passed_over(tmp_path):

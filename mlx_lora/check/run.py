@@ -101,7 +101,7 @@ def request(
     return found
 
 
-def of_experiment(name: str, given: Request, seed: int | None) -> Request:
+def of_experiment(name: str, given: Request, seed: int | None = None) -> Request:
     """The request that an experiment file makes; what the command line gives goes first."""
     from mlx_lora import config
 
