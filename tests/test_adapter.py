@@ -92,9 +92,7 @@ def test_short_keys_and_layer_counts():
 def test_keys_of_blocks_that_are_not_adapted_are_named():
     """As in a mixture of experts whose first block alone is dense."""
     for keys in (["gate_proj"], ["q_proj", "gate_proj"]):
-        with pytest.raises(
-            AdapterError, match=r"no layer of .*gate_proj lies in the last 1 blocks"
-        ):
+        with pytest.raises(AdapterError, match=r"no layer of .*gate_proj lies in the last 1 "):
             attach(tiny_without_gate(), keys=keys, num_layers=1)
     attach(tiny_without_gate(), keys=["q_proj", "gate_proj"], num_layers=2)
 

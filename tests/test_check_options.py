@@ -6,9 +6,11 @@ import pytest
 from rich.console import Console
 
 from mlx_lora import config, models
+from mlx_lora.adapter import files
+from mlx_lora.adapter.attach import attach
 from mlx_lora.check import writing
 from mlx_lora.check.gate import check
-from mlx_lora.check.run import of_experiment, request
+from mlx_lora.check.run import check_named, of_experiment, request
 from mlx_lora.errors import ConfigError
 from mlx_lora.experiment import CheckFailed, run
 
@@ -71,6 +73,29 @@ def test_check_on_a_file_reads_the_block_and_the_command_line_goes_first(tmp_pat
     asked = request(str(path), **NOTHING, limit=["size.warn=2"], expect="same")
     assert asked.expect == "same" and asked.limits["size"] == {"warn": 2}
     assert of_experiment(str(path), asked).samples == 3
+
+
+def test_check_on_a_file_attaches_what_training_would(tmp_path):
+    """An adapter to go on with at the file's scale, LoRA dropout, and nothing for `full`."""
+    loaded, folder = models.load("demo"), tmp_path / "adapter"
+    start = {"init": "gaussian", "init_options": {"std": 0.02}}
+    files.save(loaded.model, attach(loaded, rank=2, scale=1.0, keys=["q_proj"], **start), folder)
+    path = tmp_path / "e.yaml"
+    sizes = {}
+    for scale in (1.0, 3.0):
+        path.write_text(
+            f"model: demo\nresume_adapter_file: {folder}\n"
+            f"lora_parameters: {{scale: {scale}, dropout: 0.25}}\n"
+        )
+        measured = check_named(request(str(path), **NOTHING)).measured
+        assert measured.dropout == pytest.approx(0.25)
+        sizes[scale] = measured.update_size
+    assert sizes[3.0] == pytest.approx(3 * sizes[1.0], rel=1e-5)
+    path.write_text("model: demo\nlora_parameters: {dropout: 0.25}\n")
+    assert request(str(path), **NOTHING).lora["dropout"] == 0.25
+    path.write_text("model: demo\nfine_tune_type: full\n")
+    with pytest.raises(ConfigError, match="attaches nothing"):
+        request(str(path), **NOTHING)
 
 
 def test_nothing_on_the_command_line_is_passed_over(tmp_path):

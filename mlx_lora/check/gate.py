@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
@@ -20,6 +20,9 @@ from mlx_lora.check.sides import Side, refuse_other_tokens
 from mlx_lora.errors import ConfigError, UserError, near
 from mlx_lora.models import Loaded
 from mlx_lora.runlog import json_safe
+
+if TYPE_CHECKING:
+    from mlx_lora.schema import Stage
 
 EXPECTATIONS = ("same", "healthy", "changed")
 ORDER = ("pass", "warn", "fail")
@@ -78,6 +81,7 @@ def check(
     *,
     adapter: Path | None = None,
     strength: float = 1.0,
+    stage: "Stage | None" = None,
     init: str = "zero",
     init_options: Mapping[str, Any] | None = None,
     lora: Mapping[str, Any] | None = None,
@@ -91,7 +95,8 @@ def check(
 
     `lora` holds rank, scale, keys, num_layers. `expect` is same, healthy or changed; None means
     healthy for an adapter from disk and same for a fresh one. `samples` prompts are continued at
-    most. `strength` is of an adapter from disk. The model keeps the adapter.
+    most. `strength` is of an adapter from disk; with `stage` it is attached as that training would
+    begin with it, at its scale. The model keeps the adapter.
     """
     begin = time.perf_counter()
     refuse_expectation(expect)
@@ -99,7 +104,7 @@ def check(
     probes = read(loaded, prompts, samples=samples)
     prints = fingerprint(loaded, probes)
     if adapter is not None:
-        config = files.load(loaded.model, adapter)
+        config = from_disk(loaded, adapter, stage)
         weaken_all(loaded.model, strength)
         expect, start = expect or "healthy", None
     else:
@@ -107,10 +112,20 @@ def check(
         config = attaching.attach(
             loaded, init=init, init_options=options, seed=seed, **dict(lora or {})
         )
+        loaded.model.eval()  # new layers drop inputs until they are told not to
         expect, start = expect or "same", label(init, options)
     record = {"about": config.get("base"), "file_intact": intact(adapter) if adapter else None}
     report = judge(loaded, probes, prints, expect, start, begin, seed, limits=limits, **record)
     return replace(report, config=config)
+
+
+def from_disk(loaded: Loaded, adapter: Path, stage: "Stage | None") -> dict[str, Any]:
+    """Attach an adapter as it was saved, or as a training stage would. Returns its config."""
+    if stage is None:
+        return files.load(loaded.model, adapter)
+    from mlx_lora.adapter import warm
+
+    return warm.attach(loaded, stage, stage.dropout)[0]
 
 
 def compare(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_lora import bases, models
 from mlx_lora.adapter import attach as attaching
@@ -17,6 +17,9 @@ from mlx_lora.check.probes import read
 from mlx_lora.check.sides import Side
 from mlx_lora.errors import ConfigError
 from mlx_lora.spectral import ci_files
+
+if TYPE_CHECKING:
+    from mlx_lora.schema import Stage
 
 FRESH = "-o, --init, --keys, --rank, --scale"  # what only a fresh adapter takes
 
@@ -40,6 +43,7 @@ class Request:
     adapter2: Path | None = None  # ... and its adapter
     strength: float = 1.0  # of `adapter`
     trust_remote_code: bool = False
+    stage: "Stage | None" = None  # the experiment, where `adapter` is one to go on training
 
     def load(
         self, name: str, adapter: Path | None, quantize: Mapping[str, Any] | None = None
@@ -104,10 +108,17 @@ def request(
 def of_experiment(name: str, given: Request, seed: int | None = None) -> Request:
     """The request that an experiment file makes; what the command line gives goes first."""
     from mlx_lora import config
+    from mlx_lora.adapter import warm
+    from mlx_lora.progress import console
 
     experiment = config.load(config.find(name), [])
     config.check_names(experiment)
-    e = experiment.first
+    e = warm.adopted(experiment, console()).first
+    if e.fine_tune_type == "full":
+        raise ConfigError(
+            f"{name} says fine_tune_type: full, which attaches nothing that could be checked",
+            "Use lora or dora.",
+        )
     asked, own = e.lora_parameters, e.check
     return replace(
         given,
@@ -122,6 +133,7 @@ def of_experiment(name: str, given: Request, seed: int | None = None) -> Request
         limits={**own.limits, **given.limits},
         quantize=e.quantize.model_dump() if e.quantize else None,
         adapter=files.folder_of(e.resume_adapter_file) if e.resume_adapter_file else None,
+        stage=e,
         lora={
             "dora": e.fine_tune_type == "dora",
             "rows": attaching.calibration_rows(e),
@@ -131,6 +143,7 @@ def of_experiment(name: str, given: Request, seed: int | None = None) -> Request
             "keys": asked.keys,
             "num_layers": e.num_layers,
             "rank_pattern": asked.rank_pattern,
+            "dropout": max(loop.dropout for loop in experiment.loops),
         },
     )
 
@@ -183,6 +196,7 @@ def check_named(
             loaded,
             adapter=adapter,
             strength=asked.strength,
+            stage=asked.stage,
             init=asked.init,
             init_options=asked.options,
             lora=asked.lora,
