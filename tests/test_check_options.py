@@ -1,6 +1,7 @@
 """What an experiment's `check:` block says reaches the check, in `check`, `train` and training."""
 
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -26,7 +27,7 @@ eval: {n: 4}
 lora_parameters: {rank: 2, scale: 1.0, keys: [q_proj]}
 """
 LOUD = "init: {name: gaussian, std: 0.5}\n"
-NOTHING = {"adapter": None, "init": "zero", "option": [], "lora": {}, "bits": None}
+NOTHING: dict[str, Any] = {"adapter": None, "init": "zero", "option": [], "lora": {}, "bits": None}
 
 
 def experiment(more: str) -> config.Experiment:
@@ -78,7 +79,7 @@ def test_check_on_a_file_reads_the_block_and_the_command_line_goes_first(tmp_pat
 def test_check_on_a_file_attaches_what_training_would(tmp_path):
     """An adapter to go on with at the file's scale, LoRA dropout, and nothing for `full`."""
     loaded, folder = models.load("demo"), tmp_path / "adapter"
-    start = {"init": "gaussian", "init_options": {"std": 0.02}}
+    start: dict[str, Any] = {"init": "gaussian", "init_options": {"std": 0.02}}
     files.save(loaded.model, attach(loaded, rank=2, scale=1.0, keys=["q_proj"], **start), folder)
     path = tmp_path / "e.yaml"
     sizes = {}
