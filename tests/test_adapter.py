@@ -187,6 +187,31 @@ def test_all_that_is_wrong_with_a_config_is_said_at_once(tmp_path):
     assert tensors.unsound({"fine_tune_type": "spline", "lora_parameters": {"rank": 4, "scale": 1}})
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lora_parameters": {"rank": 0}},
+        {"lora_parameters": {"rank": True}},
+        {"lora_parameters": {"scale": True}},
+        {"lora_parameters": {"keys": [1, 2]}},
+        {"lora_parameters": {"dropout": "none"}},
+        {"lora_parameters": {"dropout": 1.0}},
+        {"num_layers": False},
+        {"rank_pattern": ["q_proj"]},
+        {"rank_pattern": {"q_proj": "4"}},
+        {"base": "demo"},
+    ],
+)
+def test_settings_of_another_form_are_named(wrong):
+    """Each would end in a crash, or be read as something else: true as a scale of 1."""
+    sound = {"rank": 4, "scale": 2, "dropout": 0, "keys": None}
+    assert not tensors.unsound({"lora_parameters": sound, "num_layers": 0, "rank_pattern": {}})
+    lora = {**sound, **wrong.get("lora_parameters", {})}
+    (problem,) = tensors.unsound({**wrong, "lora_parameters": lora})
+    name = next(iter(wrong.get("lora_parameters", wrong)))
+    assert name in problem
+
+
 def test_a_foreign_file_is_named_tensor_by_tensor(tmp_path):
     config = {"lora_parameters": {"rank": 4, "scale": 2.0}}
     (tmp_path / files.CONFIG).write_text(json.dumps(config))

@@ -7,7 +7,7 @@ Where layers have different ranks, the file holds them all at the largest, fille
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def unsound(config: Any) -> list[str]:
         return [f"it holds {config!r:.80}"]
     kind, found = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
     problems = [] if kind in KINDS else [f"fine_tune_type is {kind!r}: {', '.join(KINDS)} are read"]
-    if not isinstance(config.get("num_layers", -1), int):
+    if not is_whole(config.get("num_layers", -1)):
         problems.append(f"num_layers is {config['num_layers']!r}")
     if not isinstance(found, dict):
         return [
@@ -111,16 +111,36 @@ def unsound(config: Any) -> list[str]:
     shape, bends = found.get("type", "lora"), kind == "spline"
     if shape not in ("lora", "spline") or (bends and shape == "lora"):
         problems.append(f"lora_parameters.type is {shape!r} under fine_tune_type {kind!r}")
-    forms: dict[str, Any] = {"rank": int, "scale": int | float, "keys": list | None}
-    return problems + [
-        f"lora_parameters.{name} is {found[name]!r}"
-        for name, form in forms.items()
-        if name in found
-        and (
-            not isinstance(found[name], form)
-            or (name == "scale" and not math.isfinite(found[name]))
-        )
+    forms: dict[str, Callable[[Any], bool]] = {
+        "rank": is_rank,
+        "scale": lambda x: is_number(x) and math.isfinite(x),
+        "dropout": lambda x: is_number(x) and 0 <= x < 1,
+        "keys": lambda x: x is None or (isinstance(x, list) and all(isinstance(k, str) for k in x)),
+    }
+    problems += [
+        f"lora_parameters.{name} is {found[name]!r:.80}"
+        for name, fits in forms.items()
+        if name in found and not fits(found[name])
     ]
+    pattern, base = config.get("rank_pattern") or {}, config.get("base") or {}
+    if not isinstance(pattern, dict) or not all(map(is_rank, pattern.values())):
+        problems.append(f"rank_pattern is {pattern!r:.80}")
+    if not isinstance(base, dict):
+        problems.append(f"base is {base!r:.80}")
+    return problems
+
+
+def is_number(value: Any) -> bool:
+    """True for numbers, of which Python holds true and false to be some."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    return is_number(value) and isinstance(value, int)
+
+
+def is_rank(value: Any) -> bool:
+    return is_whole(value) and value >= 1
 
 
 def digest(tensors: Mapping[str, mx.array]) -> str:

@@ -55,7 +55,9 @@ def harmless_unless(option: str) -> Callable[[Init], Init]:
 
 def is_rebased(config: Mapping[str, Any]) -> bool:
     """True where the init that an adapter's config names put other frozen weights under it."""
-    return (config.get("init") or {}).get("name") in REBASING
+    about = config.get("init")
+    name = about.get("name") if isinstance(about, Mapping) else about
+    return isinstance(name, str) and name in REBASING
 
 
 def rebasing(init: Init) -> Init:
