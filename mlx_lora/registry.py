@@ -1,6 +1,7 @@
 """A table of functions by name. A function's keyword-only arguments are its options."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Generic, TypeVar, get_type_hints
@@ -85,6 +86,8 @@ def check_options(
             continue
         try:
             checked[name] = TypeAdapter(hints[name]).validate_python(value)
+            if isinstance(checked[name], float) and math.isnan(checked[name]):
+                problems.append(f"{owner}: {name}={value!r}: no comparison with NaN ever holds")
         except ValidationError as error:
             problems += [f"{owner}: {name}={value!r}: {e['msg']}" for e in error.errors()]
     missing = [k for k, v in known.items() if v is inspect.Parameter.empty and k not in given]

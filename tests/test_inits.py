@@ -489,6 +489,9 @@ class TestBadInput:
         for settings, words in (({"sdt": 1}, "no option sdt"), ({"std": -1}, "greater than")):
             with pytest.raises(ConfigError, match=words):
                 attach(tiny(), init="gaussian", init_options=settings)
+        with pytest.raises(ConfigError, match="less than"):
+            wide = {"max_rank_ratio": float("inf")}
+            attach(tiny_loaded(), init="activations", init_options=wide, rows=ROWS)
         with pytest.raises(ConfigError, match="needs the option reference"):
             attach(tiny(), init="svd")
 

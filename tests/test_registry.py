@@ -69,6 +69,13 @@ def test_a_wrong_type_is_named_with_its_value(shapes, value):
     assert f"outer={value!r}" in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [float("nan"), "nan"])
+def test_nan_is_no_option(shapes, value):
+    """As a threshold it would switch a gate off, or always on."""
+    with pytest.raises(ConfigError, match="side=.*NaN"):
+        shapes.bind("square", {"side": value})
+
+
 def test_positional_arguments_are_no_options(shapes):
     with pytest.raises(ConfigError, match="no option scale"):
         shapes.bind("square", {"scale": 1})

@@ -6,7 +6,7 @@ from typing import Annotated
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
 from mlx_lora.adapter.inits.random import Size, gaussian
 from mlx_lora.adapter.inits.table import harmless, inits, zero_start
@@ -25,7 +25,7 @@ def activations(
     *,
     data: str | None = None,
     rows: RowCount = 1024,
-    max_rank_ratio: Annotated[float, Ge(1)] = 1.0,
+    max_rank_ratio: Annotated[float, Ge(1), Lt(math.inf)] = 1.0,
 ) -> Start:
     """A = top directions of each layer's inputs on calibration texts, B = 0. Bitwise equal to base.
 
@@ -122,7 +122,7 @@ def output_match(
     rows: RowCount = 1024,
     std: Size = 0.02,
     steps: Annotated[int, Ge(0)] = 100,
-    learning_rate: Annotated[float, Gt(0)] = 2e-3,
+    learning_rate: Annotated[float, Gt(0), Lt(math.inf)] = 2e-3,
 ) -> Start:
     """A gaussian start, then A and B optimised to leave each layer's calibration outputs unchanged.
 
