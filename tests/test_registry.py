@@ -72,7 +72,7 @@ def test_a_wrong_type_is_named_with_its_value(shapes, value):
 @pytest.mark.parametrize("value", [float("nan"), "nan"])
 def test_nan_is_no_option(shapes, value):
     """As a threshold it would switch a gate off, or always on."""
-    with pytest.raises(ConfigError, match="side=.*NaN"):
+    with pytest.raises(ConfigError, match=r"side=.*NaN"):
         shapes.bind("square", {"side": value})
 
 
