@@ -330,19 +330,9 @@ def lookups(loop: Stage) -> Iterator[tuple[KeyPath, Callable[[], object]]]:
         yield ("grpo", "advantage"), lambda: table("advantage")[loop.grpo.advantage]
     if loop.method == "es":
         yield ("es", "fitness"), lambda: table("fitness")[loop.es.fitness]
-    yield ("optimizer_config", loop.optimizer), lambda: check_optimizer(loop)
-
-
-def check_optimizer(loop: Stage) -> None:
-    """The options given for the optimizer in use are arguments of its class."""
-    import mlx.optimizers as optim
-
-    optimizer = next(c for n, c in vars(optim).items() if n.lower() == loop.optimizer)
-    known = inspect.signature(optimizer).parameters.keys() - {"learning_rate"}
-    unknown = loop.optimizer_config.get(loop.optimizer, {}).keys() - known
-    if unknown:
-        lines = [f"{loop.optimizer} has no option {k}. {near(k, known)}" for k in sorted(unknown)]
-        raise ConfigError("\n".join(lines))
+    optimizers = import_module("mlx_lora.optimizers")
+    yield ("optimizer_config", loop.optimizer), lambda: optimizers.check_optimizer(loop)
+    yield ("lr_schedule", "arguments"), lambda: optimizers.check_schedule(loop)
 
 
 def resolved(experiment: Stage) -> dict[str, Any]:

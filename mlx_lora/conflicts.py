@@ -228,6 +228,12 @@ def notices(experiment: Experiment) -> list[str]:
                 f"learning_rate {loop.learning_rate:g} is not used: lr_schedule starts at "
                 f"{schedule.arguments[0]:g}"
             )
+        adafactor = loop.optimizer_config.get("adafactor", {})
+        if loop.optimizer == "adafactor" and adafactor.get("relative_step", True):
+            found.append(
+                "adafactor steps by its own rate and does not look at learning_rate, as in mlx-lm: "
+                "optimizer_config: {adafactor: {relative_step: false}} makes it"
+            )
         parts = loop.grad_accumulation_steps
         if not loop.is_rl and loop.epochs is None and loop.iters % parts:
             found.append(

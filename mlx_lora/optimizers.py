@@ -1,11 +1,15 @@
 """What every loop of gradient steps shares: the optimizer, its learning rate, when to give up."""
 
+import json
 from collections.abc import Sequence
-from typing import Any
+from inspect import signature
+from typing import Any, get_type_hints
 
 import mlx.optimizers as optim
 from mlx.utils import tree_map
+from pydantic import TypeAdapter, ValidationError
 
+from mlx_lora.errors import ConfigError, near
 from mlx_lora.schema import Stage
 
 Metrics = dict[str, float]
@@ -26,6 +30,45 @@ class Diverged(Exception):
 def optimizer_of(e: Stage) -> optim.Optimizer:
     settings = dict(e.optimizer_config.get(e.optimizer, {}))
     return getattr(optim, CLASSES[e.optimizer])(learning_rate=e.learning_rate, **settings)
+
+
+def check_optimizer(e: Stage) -> None:
+    """ConfigError, all at once, where options are not those of the optimizer in use."""
+    optimizer = getattr(optim, CLASSES[e.optimizer])
+    known = get_type_hints(optimizer.__init__)
+    known.pop("learning_rate")
+    given, problems = e.optimizer_config.get(e.optimizer, {}), []
+    for key, value in given.items():
+        if key not in known:
+            problems.append(f"{e.optimizer} has no option {key}. {near(key, known)}")
+            continue
+        try:  # as JSON: a list stands for a tuple, and no text for a number
+            TypeAdapter(known[key]).validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            found = error.errors()[0]["msg"].replace("Input should", "should")
+            problems.append(f"{e.optimizer}: {key} {found}, got {value!r:.60}")
+    if not problems:
+        try:
+            optimizer_of(e)
+        except ValueError as error:
+            problems.append(f"{e.optimizer}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_schedule(e: Stage) -> None:
+    """ConfigError where a schedule of the learning rate has too few or too many arguments."""
+    if e.lr_schedule is None:
+        return
+    wanted = signature(getattr(optim.schedulers, e.lr_schedule.name))
+    try:
+        wanted.bind(*e.lr_schedule.arguments)
+    except TypeError as error:
+        shown = ", ".join(str(p).replace(": float", "").replace(": int", "") for p in
+                          wanted.parameters.values())  # fmt: skip
+        raise ConfigError(
+            f"{e.lr_schedule.name} takes [{shown}], got {e.lr_schedule.arguments}"
+        ) from error
 
 
 def learning_rate(e: Stage, step: int) -> float:

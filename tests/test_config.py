@@ -409,6 +409,40 @@ def test_unknown_names_are_listed_with_their_places():
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: adamw\noptimizer_config: {adamw: {weight_decay: x}}", "valid number, got 'x'"),
+        ("optimizer_config: {adam: {betas: 0.9}}", "adam: betas should be a valid"),
+        ("optimizer: sgd\noptimizer_config: {sgd: {nesterov: true}}", "sgd: Nesterov"),
+        ("lr_schedule: {name: cosine_decay, arguments: [1e-3]}", "takes .init, decay_steps, end"),
+        ("lr_schedule: {name: linear_schedule, arguments: [1, 2, 3, 4]}", "takes .init, end, step"),
+    ],
+)
+def test_arguments_that_an_optimizer_or_schedule_cannot_take(text, message):
+    """Each crashed at the first step."""
+    with pytest.raises(ConfigError, match=message):
+        config.check_names(load(text))
+
+
+def test_options_of_optimizers_that_fit():
+    for name, options in {
+        "adam": "betas: [0.9, 0.99]",
+        "adafactor": "eps: [1e-30, 1e-3], beta_1: null",
+        "muon": "ns_steps: 3, momentum: 1",
+    }.items():
+        config.check_names(load(f"optimizer: {name}\noptimizer_config: {{{name}: {{{options}}}}}"))
+
+
+def test_adafactor_does_not_look_at_the_learning_rate_unless_told():
+    def said(options: str) -> bool:
+        more = f"optimizer_config: {{adafactor: {{{options}}}}}"
+        found = config.notices(load(f"optimizer: adafactor\n{more}"))
+        return any("does not look at learning_rate" in notice for notice in found)
+
+    assert said("") and said("relative_step: true") and not said("relative_step: false")
+
+
 def test_names_of_an_experiment_built_in_python_are_checked_too():
     with pytest.raises(ConfigError, match=r"^config: unknown init 'zreo'\. Did you mean zero\?"):
         config.check_names(Experiment.model_validate({"init": "zreo"}))
