@@ -13,6 +13,7 @@ from rich.markup import escape
 from mlx_lora import cpu, distributed, models, stages, unsupported
 from mlx_lora.adapter import files, warm
 from mlx_lora.adapter.attach import remember_start
+from mlx_lora.check import probes
 from mlx_lora.config import Experiment, Stage, check_names, resolved
 from mlx_lora.config import load as load_config
 from mlx_lora.conflicts import notices
@@ -127,6 +128,8 @@ def validated(experiment: Experiment, console: Console) -> list[Task | None]:
     for e in experiment.loops:
         refuse_missing(e)
     refuse_alone(experiment)
+    prompts = experiment.first.check.prompts
+    probes.foresee(Path(prompts) if prompts else None)
     if distributed.leads():
         refuse_occupied(experiment.first)
     for e in experiment.loops:

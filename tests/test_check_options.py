@@ -14,6 +14,7 @@ from mlx_lora.check.gate import check
 from mlx_lora.check.run import check_named, of_experiment, request
 from mlx_lora.errors import ConfigError
 from mlx_lora.experiment import CheckFailed, run
+from mlx_lora.plan import plan
 
 SMALL = """
 model: demo
@@ -74,6 +75,22 @@ def test_check_on_a_file_reads_the_block_and_the_command_line_goes_first(tmp_pat
     asked = request(str(path), **NOTHING, limit=["size.warn=2"], expect="same")
     assert asked.expect == "same" and asked.limits["size"] == {"warn": 2}
     assert of_experiment(str(path), asked).samples == 3
+
+
+def test_texts_and_prompts_are_judged_before_anything_is_loaded(tmp_path):
+    """By --dry-run too, which said that all was well."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "Tom ran."}\n{"question": "Why?"}\n{"prompt": " "}\n')
+    for path, said in ((bad, "bad.jsonl:2.*bad.jsonl:3"), (tmp_path / "none.jsonl", "cannot read")):
+        e = experiment(f"check: {{prompts: {path}}}\n").model_copy(update={"model": "no/such"})
+        match = f"(?s){said}"
+        with pytest.raises(ConfigError, match=match):
+            plan(e, quiet())
+        with pytest.raises(ConfigError, match=match):
+            run(e, tmp_path / "run", quiet())
+        with pytest.raises(ConfigError, match=match):
+            check_named(request("no/such", **NOTHING, prompts=path))
+    assert not (tmp_path / "run").exists()
 
 
 def test_check_on_a_file_attaches_what_training_would(tmp_path):

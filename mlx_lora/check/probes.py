@@ -1,5 +1,6 @@
 """What a model is asked: known-good text to read, prompts to continue."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from filecmp import cmp
 from pathlib import Path
@@ -38,11 +39,7 @@ def read(loaded: Loaded, path: Path | None = None, *, samples: int | None = None
     prompts: list[Prompt] = []
     problems: list[str] = []
     limit = context_of(loaded)
-    for number, row in rows_of(path):
-        row = spelled_out(row)
-        if problem := unfit(row):
-            problems.append(f"{path}:{number}: {problem}")
-            continue
+    for number, row in spelled_rows(path, problems):
         found = encode(row, loaded.tokenizer)
         length = len(found.ids) if found else 0
         if path.suffix == ".txt":
@@ -63,6 +60,25 @@ def read(loaded: Loaded, path: Path | None = None, *, samples: int | None = None
             '{"messages": [...]}.',
         )
     return Probes(texts, prompts[:samples])
+
+
+def foresee(path: Path | None) -> None:
+    """Raise what can be known to be wrong with a file of probes before a model is loaded."""
+    problems: list[str] = []
+    if path is not None and not list(spelled_rows(path, problems)) and not problems:
+        raise ConfigError(f"{path} is empty: there is nothing to read or to continue")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def spelled_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
+    """Line numbers and rows that can be read or continued; of others the problem is noted."""
+    for number, row in rows_of(path):
+        row = spelled_out(row)
+        if problem := unfit(row):
+            problems.append(f"{path}:{number}: {problem}")
+        else:
+            yield number, row
 
 
 def speaks_demo(loaded: Loaded) -> bool:

@@ -13,7 +13,7 @@ from mlx_lora.adapter.strength import refuse_strength, weaken_all
 from mlx_lora.check import certificate
 from mlx_lora.check.gate import Limits, Report, check, check_limits, compare, refuse_expectation
 from mlx_lora.check.layers import drift
-from mlx_lora.check.probes import read
+from mlx_lora.check.probes import foresee, read
 from mlx_lora.check.sides import Side
 from mlx_lora.errors import ConfigError
 from mlx_lora.spectral import ci_files
@@ -162,6 +162,7 @@ def check_named(
     ci_files.refuse(junit)
     refuse_expectation(asked.expect)
     check_limits(asked.limits)
+    foresee(asked.prompts)
     if asked.adapter is None and asked.against is None:
         attaching.foresee(asked.init, asked.options, asked.lora.get("rows"))
     adapter = asked.adapter
