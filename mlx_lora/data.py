@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlx_lora.errors import ConfigError
+from mlx_lora.errors import ConfigError, ModelError
 from mlx_lora.models import Loaded, encode_prompt, eos_ids
 
 Row = Mapping[str, Any]
@@ -98,7 +98,7 @@ def end_of_answer(tokenizer: Any) -> int:
     Llama 3, Qwen and Gemma have others for the end of a document.
     """
     eos, usual = eos_ids(tokenizer), end_of(tokenizer)
-    usual = usual if usual in eos else min(eos)
+    usual = usual if usual in eos or not eos else min(eos)
     if not getattr(tokenizer, "chat_template", None):
         return usual
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -114,9 +114,17 @@ def end_of_answer(tokenizer: Any) -> int:
 
 
 def end_of(tokenizer: Any) -> int:
-    """The token that ends a text."""
-    first = getattr(tokenizer, "eos_token_id", None)
-    return min(eos_ids(tokenizer)) if first is None else first
+    """The token that ends a text. Of several that a config names the tokenizer's own, a turn's end.
+
+    ModelError where there is none.
+    """
+    own, named = getattr(tokenizer, "eos_token_id", None), eos_ids(tokenizer)
+    if own is None and not named:
+        raise ModelError(
+            "neither the tokenizer nor the config names a token that ends a text",
+            "Set eos_token_id in config.json.",
+        )
+    return min(named) if own is None else own
 
 
 def context_of(loaded: Loaded) -> int | None:

@@ -1,5 +1,6 @@
 """SFT: the loss is mlx-lm's, only what should count counts, and bad steps change nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ from mlx_lm.tuner.trainer import default_loss
 from mlx_lora import cpu, data, models, sft, stages
 from mlx_lora.adapter.attach import attach
 from mlx_lora.data import Text
-from mlx_lora.errors import ConfigError
+from mlx_lora.errors import ConfigError, ModelError
 from mlx_lora.lessons import lasting
 from mlx_lora.models import Loaded
 from mlx_lora.optimizers import Diverged, learning_rate, optimizer_of
@@ -21,7 +22,7 @@ from mlx_lora.rl import vocabulary
 from mlx_lora.rl.checkpoints import Snapshot
 from mlx_lora.runlog import Clock
 from mlx_lora.schema import Stage
-from tests.tiny import tiny
+from tests.tiny import ByteTokenizer, tiny, tiny_loaded
 
 TEXTS = [
     Text(tuple(1 + (first * 7 + i * i) % 90 for i in range(length)), start)
@@ -278,6 +279,25 @@ def test_rows_become_texts_as_mlx_lm_makes_them():
     assert DEMO.tokenizer.decode(list(masked.ids[masked.start : -1])) == "Two."
     ((short, _), cut) = texts_of(ROWS, limit=len(pair.ids) - 2)
     assert short.ids == pair.ids[:-2] and cut == 1
+
+
+def test_an_answer_is_closed_by_the_tokenizers_own_end():
+    """Qwen's config names two: <|endoftext|> is the smaller number, <|im_end|> ends a turn."""
+
+    class TwoEnds(ByteTokenizer):
+        eos_token_id, eos_token_ids = 7, (3, 7)
+
+    class NoEnd(ByteTokenizer):
+        eos_token_id, eos_token_ids = None, ()
+
+    row = {"prompt": "2+2?", "completion": "4"}
+    loaded = replace(tiny_loaded(), tokenizer=TwoEnds())
+    found = data.encode(row, loaded.tokenizer)
+    assert found is not None and found.ids[-1] == 7
+    ((text,), _) = data.training_texts(loaded, [(1, row)], "", limit=99, mask_prompt=True)
+    assert text.ids[-1] == 7
+    with pytest.raises(ModelError, match="names a token that ends a text"):
+        data.encode(row, NoEnd())
 
 
 def test_rows_with_nothing_to_learn_are_named():
