@@ -12,6 +12,9 @@ import pytest
 from mlx_lora.adapter import files
 from mlx_lora.adapter.attach import lora_layers
 from mlx_lora.adapter.peft import scale_of
+from mlx_lora.check.metrics import adapter_facts
+from mlx_lora.check.probes import Probes
+from mlx_lora.check.sides import Side
 from mlx_lora.errors import AdapterError
 from mlx_lora.ship.export import import_peft
 from mlx_lora.ship.trained import left_out, read, refuse_other_base
@@ -101,6 +104,19 @@ def test_layers_that_were_left_out_stay_as_they_are(tmp_path):
     files.load(model, tmp_path)
     for module, delta in deltas(model).items():
         assert (np.abs(delta).max() > 0) == (module in pairs), module
+
+
+def test_layers_that_were_left_out_did_not_fail_to_learn(tmp_path):
+    loaded = tiny_loaded()
+    write(tmp_path, layers=(1,))
+    files.load(loaded.model, tmp_path)
+    facts = adapter_facts(Side(loaded), Probes([([5, 17, 3, 44], 1)], []))
+    assert facts["zeroed"] == [] and facts["b_norm"] > 0
+    silent = "model.layers.1.self_attn.q_proj"
+    layer = lora_layers(loaded.model)[silent]
+    layer.lora_b = layer.lora_b * 0
+    facts = adapter_facts(Side(loaded), Probes([([5, 17, 3, 44], 1)], []))
+    assert facts["zeroed"] == [silent]
 
 
 def test_what_cannot_be_read_is_refused_with_its_reason(tmp_path):

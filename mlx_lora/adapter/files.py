@@ -98,6 +98,9 @@ def load(model: nn.Module, folder: Path, reading: Reading = read) -> dict[str, A
             "Was it trained on another base model, or with other keys or rank?",
         )
     put(model, config, tensors)
+    held = {name.rpartition(".")[0] for name in tensors}
+    for name, layer in lora_layers(model).items():
+        layer.__dict__["_left_out"] = name not in held  # by PEFT: it was not to learn
     cpu.follow(model)
     model.eval()  # new layers drop inputs until they are told not to
     mx.eval(model.parameters())

@@ -52,7 +52,7 @@ class Measured:
     update_largest: str  # that module
     sensitive: bool | None  # a tiny step of the adapter along its gradient moves the logits
     non_finite: Sequence[str]  # modules with NaN or Inf in their factors
-    zeroed: Sequence[str]  # modules whose B is zero while that of others is not
+    zeroed: Sequence[str]  # modules of the file whose B is zero while that of others is not
     base_recorded: bool | None  # the base is the one the adapter was trained on; None: not recorded
     file_intact: bool | None  # the factors are those saved with the config; None: not recorded
     dropout: float
@@ -118,13 +118,18 @@ def adapter_facts(side: Side, probes: Probes) -> dict[str, Any]:
     norm = float(np.sqrt(sum(x**2 for x in norms.values())))
     return {
         "b_norm": norm if layers else None,
-        "zeroed": [n for n, x in norms.items() if x == 0] if norm > 0 else [],
+        "zeroed": [n for n, x in norms.items() if x == 0 and meant(layers[n])] if norm > 0 else [],
         "update_size": size,
         "update_largest": module,
         "sensitive": moves_outputs(side.model, probes) if layers and not broken else None,
         "non_finite": broken,
         "dropout": dropout_of(layers),
     }
+
+
+def meant(layer: Any) -> bool:
+    """Whether the adapter's file has this layer: PEFT's may leave some out."""
+    return not layer.__dict__.get("_left_out")
 
 
 def knows_base(side: Side, recorded: Sequence[float] | None) -> bool | None:
