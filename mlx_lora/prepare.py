@@ -12,7 +12,7 @@ from rich.markup import escape
 from mlx_lora import bases, distributed, models
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files, population, spline, warm
-from mlx_lora.adapter.inits import REBASING, label
+from mlx_lora.adapter.inits import REBASING, is_rebased, label
 from mlx_lora.adapter.population import remember_sizes
 from mlx_lora.adapter.spline_math import asked as asked_curve
 from mlx_lora.adapter.weights import analyse
@@ -91,6 +91,7 @@ def prepare(experiment: Experiment, log: RunLog, clock: Clock, console: Console)
             e.seed,
             limits=asked.limits,
             about=about,
+            rebased=is_rebased(config),
         )
     judged(report, log, console, stop=asked.on_fail == "stop")
     if any(loop.method == "es" for loop in experiment.loops):

@@ -323,6 +323,18 @@ def test_an_adapter_of_another_base_is_a_failure(tmp_path):
     assert report.verdict == "fail" and "another base" in report.reasons[0]
 
 
+def test_an_adapter_on_weights_of_its_inits_own_belongs_to_them_alone(tmp_path):
+    """LoftQ's base is so near the one it was made from that nothing else tells them apart."""
+    loaded = models.load("demo")
+    config = attach(loaded, init="loftq", init_options={"iterations": 1})
+    files.save(loaded.model, config | {"base": bases.identity(loaded)}, tmp_path / "a")
+    models.save_base(loaded, tmp_path / "base")
+    report = gate.check(models.load("demo"), adapter=tmp_path / "a")
+    assert report.verdict == "fail" and "another base" in report.reasons[0]
+    report = gate.check(models.load(str(tmp_path / "base")), adapter=tmp_path / "a")
+    assert report.verdict == "pass", report.reasons
+
+
 def test_factors_that_changed_since_they_were_saved_are_named(tmp_path):
     loaded = demo()
     config = attach(loaded, init="gaussian", init_options={"std": 0.02})

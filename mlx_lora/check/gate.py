@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lora.adapter import attach as attaching
 from mlx_lora.adapter import files
-from mlx_lora.adapter.inits import label
+from mlx_lora.adapter.inits import is_rebased, label
 from mlx_lora.adapter.strength import weaken_all
 from mlx_lora.adapter.tensors import intact
 from mlx_lora.check.gates import Gate, gates, ratio
@@ -114,7 +114,11 @@ def check(
         )
         loaded.model.eval()  # new layers drop inputs until they are told not to
         expect, start = expect or "same", label(init, options)
-    record = {"about": config.get("base"), "file_intact": intact(adapter) if adapter else None}
+    record = {
+        "about": config.get("base"),
+        "rebased": is_rebased(config),
+        "file_intact": intact(adapter) if adapter else None,
+    }
     report = judge(loaded, probes, prints, expect, start, begin, seed, limits=limits, **record)
     return replace(report, config=config)
 

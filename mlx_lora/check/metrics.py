@@ -69,13 +69,15 @@ def measure(
     sample_tokens: int,
     seed: int,
     about: Mapping[str, Any] | None = None,
+    rebased: bool = False,
     file_intact: bool | None = None,
 ) -> tuple[Measured, Reading]:
     """Everything the gates look at, and the tokens it comes from.
 
     `base_prints` is the fingerprint of the model before attaching; None where there is no before.
-    `about` is what the adapter's config records of its base, `file_intact` whether its file is what
-    was saved with it.
+    `about` is what the adapter's config records of its base, which has to be that very one where it
+    is `rebased`, on weights that its init wrote; `file_intact` whether its file is what was saved
+    with it.
     """
     reading = read_both(base, adapted, probes)
     kl = reading.column("kl")
@@ -101,7 +103,7 @@ def measure(
         logits_adapted_hash=digest_text(" ".join(reading.adapted_prints)),
         chat_template=bool(getattr(base.loaded.tokenizer, "chat_template", None)),
         file_intact=file_intact,
-        base_recorded=knows_base(adapted, (about or {}).get("sketch")),
+        base_recorded=knows_base(adapted, (about or {}).get("sketch"), exactly=rebased),
         **facts,
         **write_both(base, adapted, probes.prompts, sample_tokens, seed, idle=idle),
     )
@@ -132,8 +134,12 @@ def meant(layer: Any) -> bool:
     return not layer.__dict__.get("_left_out")
 
 
-def knows_base(side: Side, recorded: Sequence[float] | None) -> bool | None:
-    return same_base(recorded, sketch(side.model)) if recorded else None
+def knows_base(side: Side, recorded: Sequence[float] | None, *, exactly: bool) -> bool | None:
+    """Whether this is the recorded base: at any quantization, or the very weights."""
+    if not recorded:
+        return None
+    found = sketch(side.model)
+    return recorded == found if exactly else same_base(recorded, found)
 
 
 def digest_text(text: str) -> str:
