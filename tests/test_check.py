@@ -326,7 +326,7 @@ def test_an_adapter_of_another_base_is_a_failure(tmp_path):
 def test_an_adapter_on_weights_of_its_inits_own_belongs_to_them_alone(tmp_path):
     """LoftQ's base is so near the one it was made from that nothing else tells them apart."""
     loaded = models.load("demo")
-    config = attach(loaded, init="loftq", init_options={"iterations": 1})
+    config = attach(loaded, init="loftq", init_options={"iterations": 2})
     files.save(loaded.model, config | {"base": bases.identity(loaded)}, tmp_path / "a")
     models.save_base(loaded, tmp_path / "base")
     report = gate.check(models.load("demo"), adapter=tmp_path / "a")
