@@ -5,6 +5,7 @@ Exit codes: 0 pass or warn, 1 failed on its merits or crashed, 2 bad input, 130 
 """
 
 import gc
+import io
 import json
 import os
 import sys
@@ -327,6 +328,9 @@ def main() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):  # else a terminal without UTF-8 turns pass into a crash
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     gc.set_threshold(50_000, 20, 20)  # imports make objects that stay: 5 % of a short command
     try:
         refuse_platform()

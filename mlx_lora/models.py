@@ -304,7 +304,7 @@ def pad_right(rows: Sequence[Sequence[int]], filler: int = 0) -> tuple[mx.array,
 
 def read_json(path: Path) -> Any:
     """A JSON file as data."""
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The command line's contract, through the real command: exit codes, one JSON, clear errors."""
 
+import io
 import json
 import shutil
 import signal
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from mlx_lora import models
+from mlx_lora.cli import main
 from mlx_lora.errors import ModelError
 
 SMALL = """
@@ -282,6 +284,17 @@ def test_a_models_own_code_runs_only_where_it_is_trusted(words, run_here, tmp_pa
     given = [w.replace("ADAPTER", str(tmp_path)).replace("sft", f"{tmp_path}/sft") for w in words]
     run_here(*given), run_here(*given, "--trust-remote-code")
     assert asked == [False, True]
+
+
+def test_a_terminal_without_unicode_gets_escapes_and_no_crash(monkeypatch):
+    """A check that passed ended with exit code 1, which is that of one that failed."""
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    monkeypatch.setattr(sys, "argv", ["mlx-lora", "ls", "inits"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    ascii_only.seek(0)
+    assert not end.value.code and "U(\\xb1" in ascii_only.read()
 
 
 def test_version_help_and_listings(run_cli):

@@ -81,7 +81,7 @@ def described(folder: Path, weights: str = WEIGHTS) -> dict[str, Any]:
     """The config of an adapter folder; AdapterError says what it lacks."""
     refuse_missing(folder, weights)
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except Exception as error:
         raise AdapterError(f"{folder / CONFIG} is not JSON: {error}", AGAIN) from error
     if problems := unsound(config):
