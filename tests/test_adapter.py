@@ -89,6 +89,12 @@ def test_short_keys_and_layer_counts():
     assert attach(tiny(), num_layers=99)["num_layers"] == 2
 
 
+@pytest.mark.parametrize("rank", [0, -1, 10**20])
+def test_a_rank_that_is_none(rank):
+    with pytest.raises(AdapterError, match="rank is at least 1"):
+        attach(tiny(), rank=rank)
+
+
 def test_keys_of_blocks_that_are_not_adapted_are_named():
     """As in a mixture of experts whose first block alone is dense."""
     for keys in (["gate_proj"], ["q_proj", "gate_proj"]):

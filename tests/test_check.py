@@ -232,6 +232,7 @@ def test_an_expectation_that_is_none_is_an_error():
         ('{"txet": "a"}\n', ":1: needs"),
         ('{"text": "a b c"}\n', "need both"),
         ("", "need both"),
+        ('{"text": "a b"}\n{"prompt": "c"}\n{"text": "."}\n', ":3: a single token"),
         ('{"text": "a b"}\n{"prompt": " "}\n{"text": ""}\n', ":2: `prompt` is empty\n.*:3: `text`"),
         ('{"messages": "hello"}\n', ":1: `messages` is a list"),
     ],

@@ -71,8 +71,8 @@ def attach(
     model = model.model if isinstance(model, Loaded) else model
     if dora and curve:
         raise AdapterError("an adapter is DoRA or a spline, not both", "Leave one of them out.")
-    if rank < 1:
-        raise AdapterError(f"rank is at least 1, got {rank}")
+    if not 1 <= rank < 2**31:  # beyond it MLX has no shapes
+        raise AdapterError(f"rank is at least 1 and at most a layer's smaller side, got {rank}")
     if not (math.isfinite(scale) and scale >= 0):
         raise AdapterError(f"scale is a finite number, 0 or more, got {scale}")
     init_options = dict(init_options or {})

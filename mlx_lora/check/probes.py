@@ -47,6 +47,8 @@ def read(loaded: Loaded, path: Path | None = None, *, samples: int | None = None
         elif "text" not in row and "completion" not in row:
             prompts.append(row["prompt"])
             length = len(encode_prompt(loaded.tokenizer, row["prompt"])) + ROOM
+        elif not found:
+            problems.append(f"{path}:{number}: a single token, of which none follows another")
         if limit and length > limit:
             problems.append(f"{path}:{number}: {length} tokens, the context holds {limit}")
         elif found:
