@@ -199,7 +199,7 @@ def test_every_gate_speaks_at_its_boundary(name, measured, expect, verdict):
 
 def test_a_start_that_leaves_embeddings_at_zero_passes():
     lora = {"keys": ["q_proj", "embed_tokens"]}
-    report = gate.check(models.load("demo"), init="split_support", lora=lora)
+    report = gate.check(models.load("demo"), init="split_support", lora=lora, samples=1)
     assert report.measured.zeroed == ["model.embed_tokens"]
     assert report.verdict == "pass", report.reasons
 
@@ -330,9 +330,9 @@ def test_an_adapter_on_weights_of_its_inits_own_belongs_to_them_alone(tmp_path):
     config = attach(loaded, init="loftq", init_options={"iterations": 2})
     files.save(loaded.model, config | {"base": bases.identity(loaded)}, tmp_path / "a")
     models.save_base(loaded, tmp_path / "base")
-    report = gate.check(models.load("demo"), adapter=tmp_path / "a")
+    report = gate.check(models.load("demo"), adapter=tmp_path / "a", samples=1)
     assert report.verdict == "fail" and "another base" in report.reasons[0]
-    report = gate.check(models.load(str(tmp_path / "base")), adapter=tmp_path / "a")
+    report = gate.check(models.load(str(tmp_path / "base")), adapter=tmp_path / "a", samples=1)
     assert report.verdict == "pass", report.reasons
 
 

@@ -103,7 +103,7 @@ def test_check_on_a_file_attaches_what_training_would(tmp_path):
     for scale in (1.0, 3.0):
         path.write_text(
             f"model: demo\nresume_adapter_file: {folder}\n"
-            f"lora_parameters: {{scale: {scale}, dropout: 0.25}}\n"
+            f"lora_parameters: {{scale: {scale}, dropout: 0.25}}\ncheck: {{samples: 1}}\n"
         )
         measured = check_named(request(str(path), **NOTHING)).measured
         assert measured.dropout == pytest.approx(0.25)
