@@ -21,6 +21,7 @@ SPLINE = (
     "calibrate",
 )  # fmt: skip
 MOST_KNOTS = 100  # more only cost: each has a gradient of its own
+STEEP = 4e-3  # learning_rate · scale: figures/spline_ablation_runs.jsonl, GRPO and SFT at 2e-3 · 2
 LOUD = 0.3  # es.perturb_scale above which there is a notice
 ABOUT = {
     "alpha": "scale = alpha / rank, or alpha / sqrt(rank) with rslora",
@@ -242,7 +243,7 @@ def notices(experiment: Experiment) -> list[str]:
             )
         if loop.config is not None:
             found.append("config: means nothing inside an experiment file")
-        found += moot(loop)
+        found += [*steep(loop), *moot(loop)]
     loops = experiment.loops
     methods = sorted({loop.method for loop in loops})
     for method, keys in {"grpo": ("grpo",), "es": ("es",), "sft": OF_SFT}.items():
@@ -250,6 +251,19 @@ def notices(experiment: Experiment) -> list[str]:
         if idle and method not in methods:
             found.append(f"{', '.join(idle)}: is not used by method {' or '.join(methods)}")
     return list(dict.fromkeys(found))
+
+
+def steep(e: Stage) -> Iterator[str]:
+    """A step of Adam that has ruined what it was measured on, in a sentence."""
+    scale = e.lora_parameters.effective_scale
+    if e.method == "es" or not e.optimizer.startswith("adam"):
+        return
+    if e.learning_rate * scale > STEEP:
+        yield (
+            f"learning_rate {e.learning_rate:g} at scale {scale:g} is a long step: the embedded "
+            f"model loses most of its gain where their product is {STEEP:g}, is ruined at twice "
+            "that, and larger models sooner. mlx-lm's default scale, 20, is for rates near 1e-5"
+        )
 
 
 def moot(e: Stage) -> Iterator[str]:

@@ -467,3 +467,13 @@ def test_a_curve_has_a_bounded_number_of_knots():
     config.from_text(about.format(100))
     with pytest.raises(ConfigError, match="at most 100, got 101"):
         config.from_text(about.format(101))
+
+
+@pytest.mark.parametrize("method", ["sft", "grpo"])
+def test_a_step_that_ruins_models_is_said(method):
+    """mlx-lm's default scale at a rate for a scale of 2."""
+    text = f"model: demo\nmethod: {method}\ndata: x\ntask: countdown\nlearning_rate: 1e-3\n"
+    said = [n for n in config.notices(config.from_text(text)) if "long step" in n]
+    assert len(said) == 1 and "at scale 20 " in said[0]
+    for more in ("lora_parameters: {scale: 2}\n", "optimizer: sgd\n"):
+        assert not any("long step" in n for n in config.notices(config.from_text(text + more)))
