@@ -261,8 +261,8 @@ def steep(e: Stage) -> Iterator[str]:
     if e.learning_rate * scale > STEEP:
         yield (
             f"learning_rate {e.learning_rate:g} at scale {scale:g} is a long step: the embedded "
-            f"model loses most of its gain where their product is {STEEP:g}, is ruined at twice "
-            "that, and larger models sooner. mlx-lm's default scale, 20, is for rates near 1e-5"
+            f"model loses most of its gain where their product is {STEEP:g}, and is ruined where "
+            "it is twice that. mlx-lm's default scale, 20, is for rates near 1e-5"
         )
 
 
