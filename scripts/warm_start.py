@@ -61,7 +61,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     for axis, key, title in zip(axes, KEYS[::3], ("greedy", "sampled"), strict=True):
         for r in runs:
             looks = [(x, r["looks"][n]) for x, n in enumerate(names) if n in r["looks"]]
-            shift = 0.06 * (r["seed"] - 0.5) + (0.04 if r["warm_start"] == "with" else -0.04)
+            shift = 0.03 * (r["seed"] - 2) + (0.1 if r["warm_start"] == "with" else -0.1)
             at, values = [x + shift for x, _ in looks], [100 * look[key] for _, look in looks]
             label = f"{r['warm_start']} a warm start" if r["seed"] == runs[0]["seed"] else None
             axis.plot(at, values, "o-", color=colours[r["warm_start"]], label=label, alpha=0.8)
@@ -81,7 +81,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = [
