@@ -37,7 +37,6 @@ RATES, LOWEST = (5e-4, 1e-3, 2e-3), 1.5625e-5
 TUNING, SEEDS = 0, (1, 2, 3, 4, 5)  # the seed that chooses the rate is not among the judged
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 %, by the number of seeds
 HELD_OUT = 512
-GAIN, WINDOW = 0.10, 5  # steps until the sampled accuracy of 5 steps is 10 points above the start
 VARIANTS: dict[str, dict[str, Any]] = {
     "zero": {},
     "orthonormal": {"init": "orthonormal"},
@@ -156,7 +155,6 @@ def one(name: str, rate: float, seed: int, keep: Path | None = None) -> dict[str
     if keep:
         files.save(loaded.model, adapter, keep)
     low, high = wilson(round(after * HELD_OUT), HELD_OUT)
-    sampled = [h["accuracy"] for h in history]
     return {
         "kl_at_start": start.measured.kl_mean,
         "perplexity_ratio_at_start": start.to_json()["perplexity_ratio"],
@@ -164,7 +162,6 @@ def one(name: str, rate: float, seed: int, keep: Path | None = None) -> dict[str
         "first_gradient_norm": history[0].get("grad_norm", 0.0),
         "measured": adapter["init"].get("measured", {}),
         "accuracy_at_start": before,
-        "steps_to_gain": steps_to(sampled, float(np.mean(sampled[:2])) + GAIN),
         "accuracy": after,
         "accuracy_low": low,
         "accuracy_high": high,
@@ -179,14 +176,6 @@ def accuracy(loaded: models.Loaded, task: Any, e: config.Experiment) -> float:
     samples = task.load("test", HELD_OUT, 0)
     groups = judge(loaded, task, samples, e.rollout.max_tokens, 0.0, 0)
     return float(np.mean([g.rewards[0].reason == CORRECT for g in groups]))
-
-
-def steps_to(sampled: list[float], goal: float) -> int | None:
-    """The first step at which the mean of the last WINDOW reached the goal."""
-    for step in range(WINDOW, len(sampled) + 1):
-        if np.mean(sampled[step - WINDOW : step]) >= goal:
-            return step
-    return None
 
 
 def tried(name: str) -> dict[float, float]:
@@ -217,7 +206,6 @@ def summary(name: str) -> dict[str, Any]:
     accuracies = np.array([r["accuracy"] for r in mine])
     gaps = np.array([r["accuracy"] - zero[r["seed"]] for r in mine if r["seed"] in zero])
     wide, apart = (STUDENT.get(len(x), 0) * error(x) for x in (accuracies, gaps))
-    steps = [r["steps_to_gain"] for r in mine]
     return {
         "variant": name,
         "learning_rate": best_rate(name),
@@ -227,7 +215,6 @@ def summary(name: str) -> dict[str, Any]:
         "verdict_at_start": mine[0]["verdict_at_start"],
         "first_gradient_norm": float(np.mean([r["first_gradient_norm"] for r in mine])),
         "accuracy_at_start": float(np.mean([r["accuracy_at_start"] for r in mine])),
-        "steps_to_gain": float(np.median([s or np.inf for s in steps])),
         "accuracies": accuracies.tolist(),
         "accuracy": float(accuracies.mean()),
         "accuracy_low": max(0.0, float(accuracies.mean() - wide)),
@@ -267,8 +254,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows for docs/inits.md, best first."""
     lines = [
         "| start | learning rate | KL at start | perplexity at start | first gradient, squared | "
-        "steps to +10 points | accuracy, mean over seeds | against zero, points | seeds |",
-        "|" + "---|" * 9,
+        "accuracy, mean over seeds | against zero, points | seeds |",
+        "|" + "---|" * 8,
     ]
     for r in rows:
         apart = f"{100 * r['difference']:+.1f}"
@@ -282,7 +269,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{r['kl_at_start']:.2g}",
             f"× {r['perplexity_ratio_at_start']:.3g}",
             f"{r['first_gradient_norm'] ** 2:.2g}",
-            f"{r['steps_to_gain']:.0f}" if np.isfinite(r["steps_to_gain"]) else "never",
             f"{r['accuracy']:.1%} ({r['accuracy_low']:.1%} to {r['accuracy_high']:.1%})",
             apart,
             str(len(r["seeds"])),
