@@ -8,6 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from mlx_lora import models
 from mlx_lora.adapter import files
@@ -15,6 +16,7 @@ from mlx_lora.adapter.attach import attach, forget_base, lora_layers
 from mlx_lora.check import gate, layers
 from mlx_lora.check.adapters import largest_update, moves_outputs
 from mlx_lora.check.gates import gates
+from mlx_lora.check.plots import from_rounding_up
 from mlx_lora.check.probes import Probes
 from mlx_lora.check.reading import COLUMNS, blocks_of, by_text, fingerprint, intervals, read_both
 from mlx_lora.check.run import parse_limits, request
@@ -301,6 +303,16 @@ def test_against_the_real_command_line(run_cli, tmp_path):
     assert done.returncode in (0, 1), done.stderr
     assert document["kl_mean"] > 0 and len(document["layers"]) == 5
     assert (tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kl", [0.0, 3e-10, 0.2, float("nan")])
+def test_a_picture_of_no_kl_says_so(kl):
+    """Bars of the height of the floor looked like those of a broken adapter."""
+    axes = Figure().subplots()
+    from_rounding_up(axes, np.array([0.0, kl]))
+    said = " ".join(text.get_text() for text in axes.texts)
+    assert said == {0.0: "0 everywhere", 3e-10: "rounding: 3e-10 at most"}.get(kl, "")
+    assert axes.get_ylim()[0] == 1e-9 and not axes.get_ylim()[1] < kl
 
 
 def test_the_base_reads_its_own_samples_and_those_of_the_adapted_side():

@@ -11,7 +11,7 @@ from mlx_lora.runlog import atomically
 
 COLOURS = {"pass": "seagreen", "warn": "darkorange", "fail": "firebrick"}
 BINS = 24
-FLOOR = 1e-9  # nats: below this a KL is rounding
+FLOOR, FINE = 1e-9, 1e-3  # nats: below the one a KL is rounding, below the other it is fine
 
 
 def plot(report: Report, path: Path) -> None:
@@ -49,7 +49,7 @@ def by_position(axes, reading: Reading) -> None:
     axes.plot(reading.position_K, kl, ".", color="steelblue", alpha=0.35, ms=4, label="a token")
     where, mean = binned(reading.position_K, reading.column("kl"))
     axes.plot(where, np.maximum(mean, FLOOR), color="navy", lw=2, label="mean")
-    axes.set_yscale("log")
+    from_rounding_up(axes, reading.column("kl"))
     axes.set_xlabel("position in the text, tokens")
     axes.set_ylabel("KL(base ‖ adapted), nats")
     axes.set_title("KL by position")
@@ -75,7 +75,7 @@ def by_text(axes, reading: Reading) -> None:
     kl = np.array([reading.column("kl")[reading.text_K == t].mean() for t in texts])
     order = np.argsort(-kl)
     axes.bar(range(len(texts)), np.maximum(kl[order], FLOOR), color="steelblue", bottom=0)
-    axes.set_yscale("log")
+    from_rounding_up(axes, kl)
     if len(texts) <= 40:
         axes.set_xticks(range(len(texts)), texts[order] + 1, rotation=90, fontsize=7)
     axes.set_xlabel("the texts that were read, by number, worst first")
@@ -83,9 +83,19 @@ def by_text(axes, reading: Reading) -> None:
     axes.set_title("KL by text")
 
 
+def from_rounding_up(axes, kl_K: np.ndarray) -> None:
+    """Powers of ten from FLOOR, where whatever is smaller lies, to a fine KL at least."""
+    most = float(kl_K.max())
+    axes.set_yscale("log")
+    axes.set_ylim(FLOOR, max(FINE, 3 * most) if np.isfinite(most) else None)
+    if most < FLOOR:
+        said = "0 everywhere" if most == 0 else f"rounding: {most:.1g} at most"
+        axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", fontsize=12)
+
+
 def drifts(axes, report: Report) -> None:
     moved = [layer["drift"] for layer in report.layers]
-    axes.plot(range(len(moved)), moved, "o-", color="purple")
+    axes.plot(range(len(moved)), moved, "o-", color="purple", clip_on=False)
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block")
