@@ -5,14 +5,24 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten, tree_map
 
-from mlx_lora import distributed
+from mlx_lora import distributed, sft
 from mlx_lora.adapter import files
+from mlx_lora.adapter.attach import attach
+from mlx_lora.config import from_text
+from mlx_lora.data import Text
+from mlx_lora.errors import ConfigError
+from mlx_lora.experiment import refuse_alone
+from mlx_lora.schema import Stage
+from tests.tiny import tiny_loaded
 
 YAML = """
 model: demo
@@ -179,7 +189,8 @@ def texts(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("packing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
 def test_sft_on_two_is_that_on_one(packing, tmp_path, run_cli):
     """Batches of three, so that one rank has a row more, of other lengths."""
     path = texts(tmp_path)
@@ -219,8 +230,39 @@ def agree(one: Path, two: Path) -> None:
     assert any(not mx.array_equal(start[k], pairs[0][k]) for k in start), "nothing was learnt"
 
 
-def test_what_one_machine_runs_is_refused_on_two(tmp_path):
-    path = tmp_path / "sft.yaml"
-    path.write_text("stages: [{model: demo, method: sft, data: none.jsonl, iters: 1}]\n")
-    with pytest.raises(AssertionError, match="runs on one machine"):
-        together(tmp_path, "-m", "mlx_lora", "train", path, "--run-dir", tmp_path / "run")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_two_ranks_sum_up_is_the_whole_batch(rows, monkeypatch):
+    """Each rank in turn, with what the other would say. One row: a rank has nothing to do."""
+    e, loaded = Stage.model_validate({"method": "sft", "data": "x"}), tiny_loaded()
+    attach(loaded, rank=4, scale=2.0)
+    model = loaded.model
+    batch = [(Text(tuple(range(1, 5 + 4 * i)), 1),) for i in range(rows)]
+    learn = nn.value_and_grad(model, sft.mean_loss)
+    loss, tokens, grads = sft.shared(model, partial(learn, model), batch, e)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    halves = [batch[: rows // 2], batch[rows // 2 :]]
+    counts = [float(sft.as_arrays(h, e)[3].sum()) if h else 0.0 for h in halves]
+    monkeypatch.setattr(distributed, "everybody", lambda said: counts)
+    monkeypatch.setattr(distributed, "summed", lambda tree: tree)
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found.append(sft.shared(model, partial(learn, model), batch, e))
+    assert [t for _, t, _ in found] == [tokens] * 2
+    assert sum(part for part, _, _ in found) == pytest.approx(loss, rel=1e-5)
+    total = tree_map(mx.add, found[0][2], found[1][2])
+    for (name, whole), (_, both) in zip(tree_flatten(grads), tree_flatten(total), strict=True):
+        assert mx.allclose(whole, both, rtol=1e-4, atol=1e-7).item(), name
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ("stages: [{method: sft, data: x}]", "an experiment with stages"),
+        ("method: sft\ntask: countdown\nrejection_sampling: {}", "rejection_sampling"),
+    ],
+)
+def test_what_one_machine_runs_is_refused_on_two(more, what, monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    with pytest.raises(ConfigError, match=f"{what} runs on one machine"):
+        refuse_alone(from_text(f"model: demo\n{more}\n"))
