@@ -4,7 +4,7 @@ PYTHON := set -e; source scripts/setup.sh; setup dev; .venv/bin/python
 .PHONY: test check slow demo bench model test-interop
 
 check: ; scripts/test
-test:  ; scripts/test -n 2 --dist loadfile
+test:  ; scripts/test -n 2 --dist loadfile --no-loadscope-reorder
 slow:  ; scripts/test -m slow
 test-interop: ; scripts/test-interop
 demo:  ; scripts/demo

@@ -305,6 +305,7 @@ def test_sft_alone_learns_a_folder_of_rows_without_any_task(rows, tmp_path, caps
     assert "Held-out loss" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sft_alone_resumes_bitwise(rows, tmp_path, monkeypatch):
     text = SFT.format(data=rows / "train.jsonl").replace("iters: 4", "epochs: 2")
     run(tmp_path / "whole", text)
